@@ -1,0 +1,73 @@
+"""Train DeepSeek-V3 and its like on Lightning by one flag: ``Trainer(strategy="dualpipe")``.
+
+Importing this package imports neither torch nor lightning: each public name loads its module when
+it is first used. The one thing done at once is to arrange that Lightning learns the strategies'
+names (``_autoload``).
+"""
+
+from typing import TYPE_CHECKING
+
+from lightning_dualpipe import _autoload
+
+if TYPE_CHECKING:
+    from lightning_dualpipe.data import TextDataModule
+    from lightning_dualpipe.deepseek_v3.config import DeepSeekV3Config
+    from lightning_dualpipe.deepseek_v3.module import DeepSeekV3
+    from lightning_dualpipe.errors import ConfigurationError, DeadlockError, MissingPackageError, ScheduleError
+    from lightning_dualpipe.interface import Batch, Layer, Phase, PipelineModel, TensorSpec, run_uncut
+    from lightning_dualpipe.strategy import DualPipeStrategy
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Batch",
+    "Batch",
+    "ConfigurationError",
+    "DeadlockError",
+    "DeepSeekV3",
+    "DeepSeekV3Config",
+    "DualPipeStrategy",
+    "Layer",
+    "MissingPackageError",
+    "Phase",
+    "PipelineModel",
+    "ScheduleError",
+    "TensorSpec",
+    "TextDataModule",
+    "run_uncut",
+]
+
+_MODULE_OF = {
+    "Batch": "interface",
+    "Batch": "interface",
+    "ConfigurationError": "errors",
+    "DeadlockError": "errors",
+    "DeepSeekV3": "deepseek_v3.module",
+    "DeepSeekV3Config": "deepseek_v3.config",
+    "DualPipeStrategy": "strategy",
+    "Layer": "interface",
+    "MissingPackageError": "errors",
+    "Phase": "interface",
+    "PipelineModel": "interface",
+    "ScheduleError": "errors",
+    "TensorSpec": "interface",
+    "TextDataModule": "data",
+    "run_uncut": "interface",
+}
+
+if not TYPE_CHECKING:  # a type checker that saw these would accept any name
+
+    def __getattr__(name):
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        globals()[name] = value  # found without this function from now on
+        return value
+
+    def __dir__():
+        return sorted({*globals(), *__all__})
+
+
+_autoload.autoload()

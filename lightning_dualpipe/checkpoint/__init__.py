@@ -1,0 +1,1 @@
+"""Checkpoints of the whole model, whatever it was cut into."""

@@ -1,0 +1,117 @@
+"""From documents to sequences of equal length.
+
+    tokens    │ doc 0 │   doc 1   │ doc 2 │ doc 3 │ …        train: 0, 1, 3, …   validation: 2, …
+    train     │ doc 0 │   doc 1   │ doc 3 │ …
+    sequences [ T tokens ][ T tokens ][ T tokens ] …          each also sees the first token of the next,
+                                                              so that every token is predicted once
+A split is a list of *runs*, stretches of the token file that lie together; reading a sequence touches
+the runs it crosses and nothing else. Documents meet within a sequence, and attention looks across
+(arXiv:2412.19437, section 4.1). Only the last tokens of a split, fewer than T, are in no sequence.
+
+Validation takes documents in the order of a hash of (seed, name of the document) until it has its
+fraction of the tokens. The document with which it would have more is cut: its end is validation, its
+beginning training. So a corpus of one file has a validation split too, and files that come or go
+hardly move the others between the splits.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lightning_dualpipe.data.cache import TokenCache
+from lightning_dualpipe.data.order import SampleOrder, mix
+
+__all__ = ["PackedSequences", "Runs", "split_documents"]
+
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Stretches of a token file that follow each other in a split."""
+
+    starts: Integers  # in the file
+    ends: Integers  # in the split: tokens up to and with each run
+
+    @classmethod
+    def of(cls, starts: Integers, lengths: Integers) -> "Runs":
+        """Joins stretches that touch."""
+        starts, lengths = starts[lengths > 0], lengths[lengths > 0]
+        first = np.ones(len(starts), dtype=bool)
+        first[1:] = starts[1:] != starts[:-1] + lengths[:-1]
+        totals = np.cumsum(lengths)
+        last = np.roll(first, -1) if len(first) else first
+        return cls(starts[first], totals[last])
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def read(self, tokens: npt.NDArray[Any], first: int, out: Integers) -> None:
+        """Fills ``out`` with the tokens of the split from ``first`` on."""
+        run = int(np.searchsorted(self.ends, first, side="right"))
+        filled = 0
+        while filled < len(out):
+            left = int(self.ends[run]) - first
+            before = int(self.ends[run - 1]) if run else 0
+            start = int(self.starts[run]) + first - before
+            count = min(left, len(out) - filled)
+            out[filled : filled + count] = tokens[start : start + count]
+            filled, first, run = filled + count, first + count, run + 1
+
+
+def split_documents(documents: npt.NDArray[np.void], *, seed: int, validation_fraction: float) -> tuple[Runs, Runs]:
+    """(train, validation) of the documents of a cache (``TokenCache.documents``)."""
+    ends = np.array(documents["end"], dtype=np.int64)
+    lengths = np.diff(ends, prepend=0)
+    starts = ends - lengths
+    wanted = round(int(lengths.sum()) * validation_fraction)
+
+    key = mix(np.array([seed & ((1 << 64) - 1)], dtype=np.uint64))
+    by_hash = np.argsort(mix(documents["id"] ^ key), kind="stable")
+    before = np.cumsum(lengths[by_hash]) - lengths[by_hash]
+    held_out = np.zeros_like(lengths)  # how many tokens at the end of each document
+    held_out[by_hash] = np.clip(wanted - before, 0, lengths[by_hash])
+    kept = lengths - held_out
+    return Runs.of(starts, kept), Runs.of(starts + kept, held_out)
+
+
+@dataclass
+class PackedSequences(Dataset[dict[str, Tensor]]):
+    """The sequences of a split. Its items are batches, its keys ranges of samples. Cheap to send to a worker."""
+
+    cache: TokenCache
+    runs: Runs
+    sequence_length: int
+    order: SampleOrder | None = None  # None: samples are sequences
+    with_labels: bool = True
+
+    def __len__(self) -> int:
+        """How many sequences there are."""
+        return max(self.runs.num_tokens - 1, 0) // self.sequence_length
+
+    def __getitem__(self, samples: range) -> dict[str, Tensor]:
+        """The batch of these samples: ``input_ids`` and ``labels``, int64 [B, T]."""
+        indices = np.arange(samples.start, samples.stop)
+        sequences = self.order(indices) if self.order is not None else indices
+        window = np.empty((len(sequences), self.sequence_length + 1), dtype=np.int64)
+        for row, sequence in zip(window, sequences, strict=True):
+            self.runs.read(self._memory, int(sequence) * self.sequence_length, row)
+        batch = {"input_ids": torch.from_numpy(np.ascontiguousarray(window[:, :-1]))}
+        if self.with_labels:
+            batch["labels"] = torch.from_numpy(np.ascontiguousarray(window[:, 1:]))
+        return batch
+
+    @cached_property
+    def _memory(self) -> npt.NDArray[Any]:
+        return self.cache.tokens()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A pickled memory map would carry the whole corpus along; the other process opens its own."""
+        return {name: value for name, value in self.__dict__.items() if name != "_memory"}

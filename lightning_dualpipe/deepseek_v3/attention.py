@@ -1,0 +1,77 @@
+"""Multi-head latent attention (technical report, section 2.1.1, eq. 1-11).
+
+             ┌─ q_a ─ norm ─ q_b ─┐ (or q_proj)        per head
+    x_BTD ───┤                    └──────────► q  [ nope | rope ]──────┐
+             │                                                         ├─ softmax(q k / scale) v ─ o_proj ─►
+             └─ kv_a ──┬─ norm ─ kv_b ───────► k  [ nope | rope ], v ──┘
+                       └─ one rope key for all heads ────┘
+
+Keys and values of all heads are one latent of width ``kv_lora_rank`` per token, which is what an
+inference engine would cache, and a rotary key that the heads share. No norm is applied to that key.
+This is the form for training, with keys and values written out.
+
+Shapes: B sequences, T positions, D hidden, H heads, and per head N nope, R rope, V value dimensions.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_dualpipe.deepseek_v3.config import DeepSeekV3Config
+from lightning_dualpipe.deepseek_v3.norm import RMSNorm
+from lightning_dualpipe.deepseek_v3.rope import Rotary, softmax_scale
+
+__all__ = ["Attention"]
+
+_LATENT_EPS = 1e-6  # of the norms between down- and up-projection, whatever ``rms_norm_eps`` says (as transformers)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: DeepSeekV3Config, rotary: Rotary) -> None:
+        super().__init__()
+        self.rotary = rotary
+        self.scale = softmax_scale(config)
+        self.num_heads = config.num_attention_heads
+        self.kv_rank = config.kv_lora_rank
+        self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        hidden, heads, bias = config.hidden_size, config.num_attention_heads, config.attention_bias
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden, heads * config.qk_head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, _LATENT_EPS)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, config.kv_lora_rank + self.rope, bias=bias)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, _LATENT_EPS)
+        self.kv_b_proj = nn.Linear(config.kv_lora_rank, heads * (self.nope + self.value), bias=False)
+        self.o_proj = nn.Linear(heads * self.value, hidden, bias=bias)
+        self.compressed_queries = config.q_lora_rank is not None
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        latent_BTC, shared_key_BTR = self.kv_a_proj_with_mqa(x_BTD).split([self.kv_rank, self.rope], dim=-1)
+        kv_BTHC = self.kv_b_proj(self.kv_a_layernorm(latent_BTC)).unflatten(-1, (self.num_heads, -1))
+        q_nope_BTHN, q_rope_BTHR = self._queries(x_BTD).split([self.nope, self.rope], dim=-1)
+        k_rope_BTHR = self.rotary(shared_key_BTR.unsqueeze(-2)).expand_as(q_rope_BTHR)
+
+        q = torch.cat((q_nope_BTHN, self.rotary(q_rope_BTHR)), dim=-1)
+        k = torch.cat((kv_BTHC[..., : self.nope], k_rope_BTHR), dim=-1)
+        return self.o_proj(self._attend(q, k, kv_BTHC).flatten(-2))
+
+    def _queries(self, x_BTD: Tensor) -> Tensor:
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD))) if self.compressed_queries else self.q_proj(x_BTD)
+        return q.unflatten(-1, (self.num_heads, -1))
+
+    def _attend(self, q: Tensor, k: Tensor, kv_BTHC: Tensor) -> Tensor:
+        """Causal attention [B, T, H, V].
+
+        The fused kernel for CPUs wants values as wide as queries. It gets a window of that width that
+        ends where the values end; what it makes of the surplus columns is dropped.
+        """
+        surplus = q.shape[-1] - self.value
+        window = surplus if q.device.type == "cpu" and 0 <= surplus <= self.nope else 0
+        v = kv_BTHC[..., self.nope - window :]
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+        return y.transpose(1, 2)[..., window:]

@@ -1,0 +1,143 @@
+"""DeepSeek-V3 on one device, and the list of layers by which a pipeline cuts it.
+
+    input_ids ─► embed_tokens ─► layers.0 ─► … ─► layers.L-1 ─► norm ─► mtp.0 ─► … ─► lm_head ─► logits, loss
+                                                                └───── never cut apart ─────┘
+
+Between layers pass ``(h_BTD, balance_B)``: the hidden state, and the balance losses of the routers
+so far. Multi-token prediction modules append their hidden states and use the embedding and the head
+of the main model; ``DualPipe`` holds all of these on one rank, other pipelines keep a copy.
+
+Shapes: B sequences, T positions, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dualpipe.deepseek_v3.block import Block, DenseBlock, MoEBlock
+from lightning_dualpipe.deepseek_v3.config import DeepSeekV3Config
+from lightning_dualpipe.deepseek_v3.count import forward_flops
+from lightning_dualpipe.deepseek_v3.init import initialize
+from lightning_dualpipe.deepseek_v3.loss import loss_sums
+from lightning_dualpipe.deepseek_v3.moe import MoE
+from lightning_dualpipe.deepseek_v3.mtp import MTP
+from lightning_dualpipe.deepseek_v3.norm import RMSNorm
+from lightning_dualpipe.deepseek_v3.rope import Rotary
+from lightning_dualpipe.deepseek_v3.router import Router
+from lightning_dualpipe.interface import Batch, Layer, Phase, TensorSpec, Values, run_uncut
+
+__all__ = ["Blocks", "Transformer"]
+
+_COST_LENGTH = 4096  # positions for which layers are weighed against each other: the pretraining length
+
+
+class Blocks(nn.ModuleList):
+    """The decoder blocks. Called, the layers of the whole model.
+
+    A pipeline asks for ``model.layers()``, and checkpoints call block N ``layers.N``: both are this.
+    """
+
+    def __init__(self, blocks: Sequence[Block], list_layers: Callable[[], Sequence[Layer]]) -> None:
+        super().__init__(blocks)
+        self._list_layers = list_layers
+
+    def __call__(self) -> Sequence[Layer]:
+        return self._list_layers()
+
+
+class Transformer(nn.Module):
+    """A ``PipelineModel``. Under ``torch.device("meta")`` it takes no memory; else it comes with initial weights."""
+
+    def __init__(self, config: DeepSeekV3Config, *, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        device = torch.get_default_device()
+        with torch.device("meta"):  # no module initialises itself
+            self._build(config, Rotary(config))
+        if device.type != "meta":
+            self.to_empty(device=device)
+            self.initialize_weights(seed)
+
+    def _build(self, config: DeepSeekV3Config, rotary: Rotary) -> None:
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        kinds = (MoEBlock if config.is_moe(index) else DenseBlock for index in range(config.num_hidden_layers))
+        self.layers = Blocks([kind(config, rotary) for kind in kinds], self._list_layers)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        depths = range(1, config.num_nextn_predict_layers + 1)
+        self.mtp = nn.ModuleList(MTP(config, rotary, depth=depth) for depth in depths)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._tie()
+
+    def forward(self, batch: Batch) -> dict[str, Tensor] | Tensor:
+        """``{"input_ids": [B, T]}`` -> logits [B, T, V]; with ``"labels"`` [B, T] -> means over tokens, with "loss"."""
+        return run_uncut(self, batch)
+
+    def inputs(self, batch: Batch) -> Tensor:
+        return batch["input_ids"]
+
+    def boundary(self, batch: Batch) -> Sequence[TensorSpec]:
+        num_sequences, length = batch["input_ids"].shape
+        hidden = TensorSpec((num_sequences, length, self.config.hidden_size))
+        return hidden, TensorSpec((num_sequences,), self._loss_dtype())
+
+    def loss(self, values: Values, batch: Batch) -> Mapping[str, Tensor]:
+        logits, *mtp_logits, balance_B = values
+        return loss_sums(logits, mtp_logits, balance_B, batch["labels"], mtp_weight=self.config.mtp_loss_weight)
+
+    def routers(self) -> Iterator[tuple[str, Router]]:
+        """Name and router of every mixture of experts held here, those of multi-token prediction included."""
+        return ((name, module) for name, module in self.named_modules() if isinstance(module, Router))
+
+    def mixtures(self) -> Iterator[tuple[str, MoE]]:
+        """Name and mixture of experts, in the same order."""
+        return ((name, module) for name, module in self.named_modules() if isinstance(module, MoE))
+
+    def initialize_weights(self, seed: int = 0) -> None:
+        """Fill what is held here with numbers that depend on (seed, name) only."""
+        self._tie()
+        initialize(self, seed=seed, std=self.config.initializer_range)
+
+    def _list_layers(self) -> Sequence[Layer]:
+        config = self.config
+        flops = forward_flops(config, min(_COST_LENGTH, config.max_position_embeddings))
+        small = 2.0 * config.hidden_size  # of the lookup and the norm: little, but no layer is free
+        layers = [Layer("embed_tokens", (Phase("embed", self._embed),), (self.embed_tokens,), small)]
+        for index, block in enumerate(self.layers):
+            cost = flops.moe_block if config.is_moe(index) else flops.dense_block
+            layers.append(Layer(f"layers.{index}", block.phases(), (block,), cost))
+        layers.append(Layer("norm", (Phase("norm", self._norm),), (self.norm,), small))
+        for index, mtp in enumerate(self.mtp):
+            phases, modules = mtp.phases(self.embed_tokens), (mtp, self.embed_tokens)
+            layers.append(Layer(f"mtp.{index}", phases, modules, flops.mtp, with_previous=True, for_loss=True))
+        modules = (self.lm_head, self.embed_tokens) if config.tie_word_embeddings else (self.lm_head,)
+        cost = flops.head * (1 + len(self.mtp))
+        layers.append(Layer("lm_head", (Phase("head", self._head),), modules, cost, with_previous=True))
+        return layers
+
+    def _embed(self, input_ids_BT: Tensor) -> Values:
+        h_BTD = self.embed_tokens(input_ids_BT)
+        return h_BTD, h_BTD.new_zeros(len(h_BTD), dtype=self._loss_dtype())
+
+    def _norm(self, h_BTD: Tensor, balance_B: Tensor) -> Values:
+        return self.norm(h_BTD), balance_B
+
+    def _head(self, *values: Tensor) -> Values:
+        *hidden, balance_B = values
+        return *(self.lm_head(h_BTD) for h_BTD in hidden), balance_B
+
+    def _loss_dtype(self) -> torch.dtype:
+        return torch.promote_types(next(self.parameters()).dtype, torch.float32)
+
+    def _tie(self) -> None:
+        embedding, head = self.embed_tokens, self.lm_head
+        if self.config.tie_word_embeddings and isinstance(embedding, nn.Embedding) and isinstance(head, nn.Linear):
+            head.weight = embedding.weight  # either may be on another rank
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._tie()  # leaving the meta device makes a new parameter of each name
+        return self

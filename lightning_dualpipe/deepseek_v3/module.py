@@ -1,0 +1,296 @@
+"""``DeepSeekV3``: the model as a LightningModule, trained as the technical report does (section 4.2).
+
+The same module runs under ``strategy="auto"``, ``"ddp"`` and ``"dualpipe"``: it calls the model and
+logs what comes back. What it asks a strategy for beyond Lightning is ``interface.ReplicaAware``:
+sums and norms over ranks that hold different parts of one model.
+
+The parameters are on the meta device until a Trainer has cut the model, or until the module is used
+without one.
+"""
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, Self, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from typing_extensions import override
+
+from lightning_dualpipe.deepseek_v3.config import ConfigOverrides, DeepSeekV3Config, Preset
+from lightning_dualpipe.deepseek_v3.convert import load_pretrained, read_pretrained_config, save_pretrained
+from lightning_dualpipe.deepseek_v3.count import count_parameters
+from lightning_dualpipe.deepseek_v3.learning_rate import LearningRateSchedule, learning_rate_factor
+from lightning_dualpipe.deepseek_v3.model import Transformer
+from lightning_dualpipe.interface import Batch, ReplicaAware
+
+__all__ = ["DeepSeekV3"]
+
+
+class DeepSeekV3(LightningModule):
+    """A trainable DeepSeek-V3.
+
+    Args:
+        preset: ``tiny``, ``small``, ``16b`` or ``671b``: the configuration to start from.
+        overrides: fields of ``DeepSeekV3Config`` that differ from the preset.
+        config: a whole configuration instead of preset and overrides.
+        learning_rate: the highest one.
+        learning_rate_schedule: ``constant``, ``cosine`` (to ``minimum_learning_rate_ratio`` at the end of training)
+            or ``report``: constant for 10T tokens, cosine over 4.3T, then two constant rates.
+        warmup_steps: optimizer steps in which the rate rises from zero.
+        weight_decay: of matrices; norms and biases have none.
+        betas: of AdamW.
+        balance_tokens: tokens after which the routers' biases stay as they are (report: 14.3T of 14.8T).
+        mtp_loss_weights: weight of multi-token prediction from a number of tokens on, for instance
+            ``{0: 0.3, 10000000000000: 0.1}``. Default: the configuration's, throughout.
+        seed: of the initial weights, which depend on it and on parameter names only. Default: the seed of
+            ``seed_everything``, or 0.
+    """
+
+    model: Transformer
+
+    def __init__(
+        self,
+        preset: Preset | None = "tiny",
+        overrides: ConfigOverrides | None = None,
+        *,
+        config: DeepSeekV3Config | None = None,
+        learning_rate: float = 2.2e-4,
+        learning_rate_schedule: LearningRateSchedule = "constant",
+        minimum_learning_rate_ratio: float = 0.1,
+        warmup_steps: int = 2000,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        balance_tokens: float = math.inf,
+        mtp_loss_weights: dict[int, float] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config or DeepSeekV3Config.from_preset(preset or "tiny", **(overrides or {}))
+        # plain values, so that checkpoints load without running code; the configuration is kept whole
+        self.save_hyperparameters(
+            {
+                "preset": None,
+                "overrides": asdict(self.config),
+                "learning_rate": learning_rate,
+                "learning_rate_schedule": learning_rate_schedule,
+                "minimum_learning_rate_ratio": minimum_learning_rate_ratio,
+                "warmup_steps": warmup_steps,
+                "weight_decay": weight_decay,
+                "betas": tuple(betas),
+                "balance_tokens": balance_tokens,
+                "mtp_loss_weights": mtp_loss_weights,
+                "seed": seed,
+            }
+        )
+        self._tokens_before = 0.0
+        self._tokens_since: Tensor | float = 0.0
+        self.expert_load: dict[str, Tensor] = {}
+        """Tokens per expert [E] of the last optimizer step, by router, over all ranks; of the layers held here."""
+        self._pretrained: Path | None = None
+        with torch.device("meta"):
+            self.model = Transformer(self.config)
+
+    # ---- weights ------------------------------------------------------------------------------
+
+    @override
+    def configure_model(self) -> None:
+        """Give the parameters memory, unless a strategy is about to cut the model first."""
+        if torch.get_default_device().type != "meta" and self._is_meta():
+            self.model.to_empty(device=torch.get_default_device())
+            self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """Fill the parameters held here: initial weights, or those of ``from_pretrained``."""
+        if self._pretrained is not None:
+            load_pretrained(self.model, self._pretrained)
+        else:
+            self.model.initialize_weights(self._seed())
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, *, materialize: bool = True, **settings: Any) -> Self:
+        """A module with the weights of a Hugging Face directory.
+
+        Args:
+            directory: with ``config.json`` and safetensors files.
+            materialize: False leaves the weights in their files until a Trainer has cut the model, so that
+                every rank reads only its part: for models larger than the memory of one process.
+            settings: arguments of the constructor other than the configuration.
+        """
+        module = cls(config=read_pretrained_config(directory), **settings)
+        module._pretrained = Path(directory)
+        if materialize:
+            module.configure_model()
+        return module
+
+    def save_pretrained(
+        self, directory: str | Path, *, dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    ) -> None:
+        """Write a Hugging Face directory that transformers and serving engines read."""
+        self.configure_model()
+        save_pretrained(self.model, directory, dtype=dtype)
+
+    def num_parameters(self, mtp: bool = False) -> int:
+        """Of the whole model, whether or not it has been built; by default without multi-token prediction."""
+        count = count_parameters(self.config)
+        return count.total_with_mtp if mtp else count.total
+
+    def num_active_parameters(self) -> int:
+        """Used by one token, embedding and head included."""
+        return count_parameters(self.config).activated.total
+
+    # ---- steps --------------------------------------------------------------------------------
+
+    @override
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """``input_ids [B, T] -> logits [B, T, V]``."""
+        self.configure_model()
+        return cast(Tensor, self.model({"input_ids": input_ids}))
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.model.mtp_loss_weight = self._mtp_loss_weight()
+        means: Mapping[str, Tensor] = self.model(batch)
+        self._tokens_since = self._tokens_since + self._over_data_ranks(means["tokens"])
+        self.log("train_loss", means["loss"].detach(), prog_bar=True)
+        self.log_dict({f"train_{name}": value for name, value in means.items() if name not in ("loss", "tokens")})
+        return means["loss"]
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._log_evaluation("val", batch)
+
+    @override
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._log_evaluation("test", batch)
+
+    @override
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Logits."""
+        return self(batch["input_ids"])
+
+    def _log_evaluation(self, stage: str, batch: Batch) -> None:
+        """``val_loss`` is the next-token loss in nats per token; means over an epoch are over its tokens."""
+        means: Mapping[str, Tensor] = self.model(batch)
+        size = int(means["tokens"])
+        self.log(f"{stage}_loss", means["next_token_loss"], batch_size=size, sync_dist=True, prog_bar=True)
+        for name in ("mtp_loss", "mtp_agreement"):
+            if name in means:
+                self.log(f"{stage}_{name}", means[name], batch_size=size, sync_dist=True)
+
+    # ---- optimization -------------------------------------------------------------------------
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        hparams = self.hparams
+        decayed = [parameter for parameter in self.parameters() if parameter.ndim >= 2]
+        others = [parameter for parameter in self.parameters() if parameter.ndim < 2]
+        # a rank may hold none of a kind; an empty group keeps the numbering of groups equal on all ranks
+        groups = [
+            {"params": decayed, "weight_decay": hparams["weight_decay"]},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        # mixed precision plugins refuse to clip gradients for optimizers that can unscale them, as the fused one can
+        fused = "mixed" not in str(self.trainer.precision)
+        optimizer = AdamW(groups, lr=hparams["learning_rate"], betas=tuple(hparams["betas"]), fused=fused)
+        needs_end = hparams["learning_rate_schedule"] == "cosine"
+        factor = learning_rate_factor(
+            hparams["learning_rate_schedule"],
+            warmup_steps=hparams["warmup_steps"],
+            total_steps=self._total_steps() if needs_end else None,
+            floor=hparams["minimum_learning_rate_ratio"],
+        )
+        scheduler = LambdaLR(optimizer, lambda step: factor(step, lambda: self.tokens_seen))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @override
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._logs_now():
+            self.log("grad_norm", self._gradient_norm())
+
+    @override
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self._balance_experts()
+
+    def _balance_experts(self) -> None:
+        """Move the routers' biases against the load of the whole step, all microbatches and ranks."""
+        routers = dict(self.model.routers())
+        counts = {f"model.{name}.weight": router.tokens_per_expert for name, router in routers.items()}
+        summed = self._over_replicas(counts)
+        until = self.hparams["balance_tokens"]
+        gamma = self.config.bias_update_speed if until == math.inf or self.tokens_seen <= until else 0.0
+        for (name, router), counts_E in zip(routers.items(), summed.values(), strict=True):
+            self.expert_load[name] = counts_E
+            router.update_bias(counts_E, gamma)
+
+    # ---- what only a strategy knows -----------------------------------------------------------
+
+    def _over_replicas(self, counts: dict[str, Tensor]) -> dict[str, Tensor]:
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ReplicaAware):
+            summed = {name: count.clone() for name, count in counts.items()}
+            strategy.sum_over_replicas(summed)
+            return summed
+        if not counts:
+            return {}
+        names, stacked = list(counts), torch.stack(list(counts.values()))
+        return dict(zip(names, cast(Tensor, strategy.reduce(stacked, reduce_op="sum")), strict=True))
+
+    def _over_data_ranks(self, tokens: Tensor) -> Tensor:
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ReplicaAware):
+            return tokens  # of the global batch already
+        return cast(Tensor, strategy.reduce(tokens.double(), reduce_op="sum"))
+
+    def _gradient_norm(self) -> Tensor:
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ReplicaAware):
+            return strategy.gradient_norm()
+        return nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+
+    # ---- state --------------------------------------------------------------------------------
+
+    @property
+    def tokens_seen(self) -> float:
+        """Labels trained on so far, over all ranks. Asking waits for the device."""
+        self._tokens_before, self._tokens_since = self._tokens_before + float(self._tokens_since), 0.0
+        return self._tokens_before
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["tokens_seen"] = self.tokens_seen
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._tokens_before, self._tokens_since = checkpoint.get("tokens_seen", 0.0), 0.0
+
+    def _is_meta(self) -> bool:
+        return any(parameter.is_meta for parameter in self.parameters())
+
+    def _seed(self) -> int:
+        given = self.hparams["seed"]
+        return given if given is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+    def _mtp_loss_weight(self) -> float:
+        weights = self.hparams["mtp_loss_weights"]
+        if not weights:
+            return self.config.mtp_loss_weight
+        reached = [tokens for tokens in weights if tokens <= self.tokens_seen]
+        return weights[max(reached)] if reached else self.config.mtp_loss_weight
+
+    def _logs_now(self) -> bool:
+        every = self.trainer.log_every_n_steps
+        return every > 0 and (self.trainer.global_step + 1) % every == 0
+
+    def _total_steps(self) -> int:
+        # estimated_stepping_batches builds the data loaders, and with them forgets where a resumed run stood
+        if self.trainer.max_steps > 0:
+            return self.trainer.max_steps
+        return int(self.trainer.estimated_stepping_batches)

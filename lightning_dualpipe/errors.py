@@ -1,0 +1,29 @@
+"""What this library raises, by who has to act.
+
+A message names the value that was given, the rule it breaks, and what would work.
+"""
+
+from collections.abc import Sequence
+
+__all__ = ["ConfigurationError", "DeadlockError", "MissingPackageError", "ScheduleError"]
+
+
+class ConfigurationError(ValueError):
+    """The user asked for something that cannot run. Lists every problem found, not only the first."""
+
+    @classmethod
+    def of(cls, what: str, problems: Sequence[str]) -> "ConfigurationError":
+        """One error for several problems: ``what`` cannot run, and why, line by line."""
+        return cls(f"{what}:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+class ScheduleError(RuntimeError):
+    """A schedule breaks its own rules: an action missing, doubled, or before what it needs."""
+
+
+class DeadlockError(ScheduleError):
+    """Every unfinished rank of a schedule waits for another one."""
+
+
+class MissingPackageError(ImportError):
+    """An optional package is needed for what was asked."""

@@ -1,0 +1,95 @@
+"""The process groups of a layout, as one rank sees them.
+
+Every rank creates all groups, its own and those of others, in the same order. The alternative that
+torch offers, ``use_local_synchronization``, names a group after the number of groups a process has
+made before, so members with different histories wait for each other for ever; and with NCCL bound
+to a device, creating a group is a collective of the whole world in any case.
+
+A group of one rank is None: whoever gets None has nobody to talk to, and needs no process group at
+all. (To ``torch.distributed`` None means the whole world, so None must never be passed on.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from lightning_dualpipe.parallel.layout import ParallelLayout
+
+__all__ = ["Groups", "create_groups"]
+
+Group = dist.ProcessGroup | None
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Groups:
+    """Whom this rank talks to, and about what. Nothing of a pipeline goes through the world group.
+
+    Those named ``host`` are for objects and tensors in host memory; the others for tensors on the
+    device the run computes on. Ranks within a group are in ascending order.
+    """
+
+    rank: int
+    pipeline_rank: int
+    timeout: timedelta | None
+    world: Group  # gradient norm, losses
+    world_host: Group
+    pipeline: Group  # sends and receives between stages, nothing else
+    pipeline_broadcast: Group  # what all ranks of a pipeline must know
+    pipeline_host: Group  # batches
+    data: Group  # token counts, metrics
+    data_host: Group
+    expert: Group  # tokens on their way to experts and back
+
+    @classmethod
+    def create(cls, layout: ParallelLayout, rank: int, *, timeout: timedelta | None = None) -> Groups:
+        """The groups of ``rank``. All ranks of the world call this together; a world of one needs no set-up."""
+
+        def new(members: Iterable[tuple[int, ...]], what: str, *, backend: str | None = None) -> Group:
+            created = create_groups(sorted(set(members)), what=what, timeout=timeout, backend=backend)
+            return next(iter(created.values()), None)
+
+        def host(like: Group, members: Iterable[tuple[int, ...]], what: str) -> Group:
+            on_host = like is None or dist.get_backend(like) == "gloo"
+            return like if on_host else new(members, f"{what}_host", backend="gloo")
+
+        ranks = range(layout.world)
+        pipelines, datas = [layout.pipeline_ranks(r) for r in ranks], [layout.data_ranks(r) for r in ranks]
+        world = dist.group.WORLD if layout.world > 1 else None
+        broadcast, data = new(pipelines, "pipeline_broadcast"), new(datas, "data")
+        return cls(
+            rank=rank,
+            pipeline_rank=layout.pipeline_rank(rank),
+            timeout=timeout,
+            world=world,
+            world_host=host(world, [tuple(ranks)], "world"),
+            pipeline=new(pipelines, "pipeline"),
+            pipeline_broadcast=broadcast,
+            pipeline_host=host(broadcast, pipelines, "pipeline"),
+            data=data,
+            data_host=host(data, datas, "data"),
+            expert=new([layout.expert_ranks(r) for r in ranks], "expert"),
+        )
+
+
+def create_groups(
+    members: Iterable[tuple[int, ...]],
+    *,
+    what: str,
+    timeout: timedelta | None = None,
+    backend: str | None = None,
+) -> dict[tuple[int, ...], dist.ProcessGroup]:
+    """One group for each tuple of ranks; returns those with this rank in it.
+
+    Every rank of the world passes the same tuples in the same order. A tuple of one rank gets no group.
+    """
+    mine = {}
+    for ranks in members:
+        if len(ranks) > 1:
+            group = dist.new_group(list(ranks), timeout=timeout, backend=backend, group_desc=what)
+            if dist.get_rank() in ranks:
+                mine[ranks] = group
+    return mine

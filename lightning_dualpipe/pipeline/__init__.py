@@ -1,0 +1,1 @@
+"""Cut a model into stages and run it as a pipeline."""

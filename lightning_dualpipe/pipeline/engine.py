@@ -1,0 +1,199 @@
+"""Run a lowered program on this rank: one line per kind of action.
+
+The schedule decides what is computed when, its lowering what is sent when; the engine only follows.
+It knows stages and messages, not the model, and computes local gradients: replicas and data ranks
+are summed afterwards (``parallel.replicas``).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lightning_dualpipe.errors import ConfigurationError
+from lightning_dualpipe.interface import Batch, PipelineModel, TensorSpec, Values
+from lightning_dualpipe.pipeline.stage import Stage
+from lightning_dualpipe.pipeline.transport import Transport
+from lightning_dualpipe.schedules import Action, Compute, Exchange, Kind, Message, Schedule, lower
+
+__all__ = ["Engine"]
+
+_Key = tuple[Kind, int, int]  # what is on its way: kind, the stage it goes to, microbatch
+
+
+class Engine:
+    """Executes training, evaluation and prediction programs of one pipeline rank.
+
+    Args:
+        schedule_of: number of microbatches -> schedule; each is lowered once and kept.
+        rank: this rank's place in the pipeline.
+        stages: the stages this rank serves, by index.
+        dtype: what crosses a boundary whose ``TensorSpec`` names no dtype.
+    """
+
+    def __init__(
+        self,
+        model: PipelineModel,
+        schedule_of: Callable[[int], Schedule],
+        *,
+        rank: int,
+        stages: Mapping[int, Stage],
+        transport: Transport,
+        dtype: torch.dtype,
+    ) -> None:
+        self.model = model
+        self.rank = rank
+        self.stages = stages
+        self.dtype = dtype
+        self.peak_held = 0
+        """Most microbatches whose activations this rank held at once, in the last training step."""
+        self._transport = transport
+        self._schedule_of = schedule_of
+        self._programs = lru_cache(maxsize=64)(self._program)
+        self._values: dict[_Key, Values] = {}
+        self._messages: dict[_Key, Message] = {}
+        self._specs: list[tuple[TensorSpec, ...]] = []
+
+    def train(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """Forward and backward of every microbatch; gradients of the summed loss are added to ``.grad``.
+
+        Returns the sums of the microbatches whose last stage is here; an empty dict if none is.
+        """
+        self.peak_held = 0
+        sums: dict[str, Tensor] = {}
+
+        def execute(action: Action) -> None:
+            stage, microbatch = self.stages[action.stage], action.microbatch
+            match action.kind:
+                case Kind.FORWARD:
+                    out = stage.forward(microbatch, self._take_input(action), batches[microbatch])
+                    self.peak_held = max(self.peak_held, sum(stage.num_held for stage in self.stages.values()))
+                    self._pass_on(action, out, sums)
+                case Kind.BACKWARD:
+                    self._pass_back(action, stage.backward(microbatch, self._take_gradients(action)))
+                case Kind.BACKWARD_INPUT:
+                    self._pass_back(action, stage.backward_input(microbatch, self._take_gradients(action)))
+                case Kind.BACKWARD_WEIGHT:
+                    stage.backward_weight(microbatch)
+
+        self._run(batches, execute, training=True)
+        return sums
+
+    def evaluate(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """Forwards only; returns sums as ``train`` does."""
+        sums: dict[str, Tensor] = {}
+
+        def execute(action: Action) -> None:
+            batch = batches[action.microbatch]
+            self._pass_on(action, self.stages[action.stage].evaluate(self._take_input(action), batch), sums)
+
+        self._run(batches, execute, training=False)
+        return sums
+
+    def predict(self, batches: Sequence[Batch]) -> dict[int, Tensor]:
+        """The first output of the model, by microbatch, for those whose last stage is here."""
+        outputs: dict[int, Tensor] = {}
+
+        def execute(action: Action) -> None:
+            stage = self.stages[action.stage]
+            values = stage.predict(self._take_input(action), batches[action.microbatch])
+            if stage.is_last:
+                outputs[action.microbatch] = values[0]
+            else:
+                self._pass_on(action, values, {})
+
+        self._run(batches, execute, training=False)
+        return outputs
+
+    def owner_of_output(self, microbatch: int, num_microbatches: int) -> int:
+        """The pipeline rank whose last stage sees this microbatch."""
+        schedule = self._schedule_of(num_microbatches)
+        return schedule.rank_of(schedule.num_stages - 1, microbatch)
+
+    def _run(self, batches: Sequence[Batch], execute: Callable[[Action], None], *, training: bool) -> None:
+        self._specs = [self._declared(batch) for batch in batches]
+        for instruction in self._programs(len(batches), training):
+            match instruction:
+                case Exchange(sends, receives):
+                    self._exchange(sends, receives)
+                case Compute(step):
+                    for action in step:
+                        try:
+                            execute(action)
+                        except Exception as error:
+                            error.add_note(f"while pipeline rank {self.rank} ran {action} (stage, kind, microbatch)")
+                            raise
+        self._transport.finish()
+        assert not self._values, f"computed but never used: {sorted(map(str, self._values))}"
+
+    def _program(self, num_microbatches: int, training: bool) -> Sequence[Compute | Exchange]:
+        schedule = self._schedule_of(num_microbatches)
+        return lower(schedule if training else schedule.forward_only())[self.rank].instructions
+
+    def _declared(self, batch: Batch) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(spec.shape, spec.dtype or self.dtype) for spec in self.model.boundary(batch))
+
+    def _exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
+        self._messages |= {_key(message): message for message in receives}
+        self._transport.exchange(
+            [(message, self._values.pop(_key(message))) for message in sends],
+            [(message, self._message_specs(message)) for message in receives],
+        )
+
+    def _message_specs(self, message: Message) -> Sequence[TensorSpec]:
+        specs = self._specs[message.microbatch]
+        return specs if message.kind is Kind.FORWARD else [spec for spec in specs if _is_floating(spec)]
+
+    def _take(self, key: _Key) -> Values:
+        if key in self._values:  # the neighbouring stage is on this rank too
+            return self._values.pop(key)
+        return self._transport.take(self._messages.pop(key))
+
+    def _take_input(self, action: Action) -> Values:
+        first = self.stages[action.stage].is_first
+        return () if first else self._take((Kind.FORWARD, action.stage, action.microbatch))
+
+    def _take_gradients(self, action: Action) -> Values | None:
+        last = self.stages[action.stage].is_last
+        return None if last else self._take((Kind.BACKWARD, action.stage, action.microbatch))
+
+    def _pass_on(self, action: Action, out: Values | dict[str, Tensor], sums: dict[str, Tensor]) -> None:
+        if isinstance(out, dict):
+            for name, value in out.items():
+                sums[name] = sums[name] + value if name in sums else value
+        else:
+            key = (Kind.FORWARD, action.stage + 1, action.microbatch)
+            self._values[key] = self._as_declared(out, self._specs[action.microbatch], action)
+
+    def _pass_back(self, action: Action, gradients: Values) -> None:
+        if action.stage > 0:
+            self._values[Kind.BACKWARD, action.stage - 1, action.microbatch] = gradients
+
+    def _as_declared(self, values: Values, specs: Sequence[TensorSpec], action: Action) -> Values:
+        """Outputs in the dtypes that were declared; a cast that would lose precision is refused."""
+        found = [(tuple(value.shape), value.dtype) for value in values]
+        declared = [(spec.shape, spec.dtype) for spec in specs]
+        fits = len(found) == len(declared) and all(
+            shape == want and torch.promote_types(dtype, want_dtype) == want_dtype
+            for (shape, dtype), (want, want_dtype) in zip(found, declared, strict=True)
+        )
+        if not fits:
+            raise ConfigurationError(
+                f"{type(self.model).__name__}.boundary(batch) declares {_listed(declared)}, but layer "
+                f"{self.stages[action.stage].layers[-1].name!r} returns {_listed(found)}; "
+                f"declare what crosses from one layer to the next, dtype included if it is not {self.dtype}"
+            )
+        return tuple(value.to(spec.dtype) for value, spec in zip(values, specs, strict=True))
+
+
+def _key(message: Message) -> _Key:
+    return (message.kind, message.target_stage, message.microbatch)
+
+
+def _is_floating(spec: TensorSpec) -> bool:
+    return spec.dtype is not None and spec.dtype.is_floating_point
+
+
+def _listed(tensors: Sequence[tuple[tuple[int, ...], torch.dtype | None]]) -> str:
+    return ", ".join(f"{str(dtype).removeprefix('torch.')} {list(shape)}" for shape, dtype in tensors) or "nothing"

@@ -1,0 +1,159 @@
+"""What the ``forward`` of a model becomes on a rank of a pipeline.
+
+    loss = self.model(batch)["loss"]     runs the whole schedule, backward included, on every rank
+    loss.backward()                      hands over the gradients that were computed on the way
+
+The number returned is the same on every rank: the mean over all tokens of the global batch. The
+gradients wait until ``backward`` and arrive multiplied by whatever was done to the loss in between
+(divided for accumulation, weighted, added to another loss), because gradients are linear in it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lightning_dualpipe.errors import ConfigurationError
+from lightning_dualpipe.interface import Batch, means
+from lightning_dualpipe.pipeline.engine import Engine
+from lightning_dualpipe.pipeline.microbatches import check_batch, choose_num_microbatches, num_samples, split
+
+__all__ = ["PipelinedForward"]
+
+
+@dataclass(slots=True)
+class PipelinedForward:
+    """Callable in place of ``model.forward(batch)``; see ``interface.run_uncut`` for what it returns.
+
+    Args:
+        parameters: the parameters of this rank; their ``.grad`` is delivered by ``backward``.
+        pipeline: ranks that share a batch. None: this rank alone.
+        data: ranks with the same stages and other batches, for host-side agreement. None: alone.
+        world: all ranks. None: this rank alone.
+    """
+
+    engine: Engine
+    parameters: Sequence[nn.Parameter]
+    num_ranks: int
+    num_microbatches: int | Literal["auto"]
+    device: torch.device
+    pipeline: dist.ProcessGroup | None = None
+    data: dist.ProcessGroup | None = None
+    world: dist.ProcessGroup | None = None
+    _largest: int = 0
+    _names: dict[bool, tuple[str, ...]] = field(default_factory=dict)
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor] | Tensor:
+        batch = check_batch(batch)
+        if "labels" not in batch:
+            with torch.no_grad():
+                return self._predict(batch)
+        if not torch.is_grad_enabled():
+            pieces = split(batch, self._count(batch, training=False))
+            return self._report(self._reduce(self.engine.evaluate(pieces), training=False))
+        return self._train(batch)
+
+    def _train(self, batch: Batch) -> dict[str, Tensor]:
+        pieces = split(batch, self._count(batch, training=True))
+        before = [parameter.grad for parameter in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
+        sums = self._reduce(self.engine.train(pieces), training=True)
+        gradients = [parameter.grad for parameter in self.parameters]
+        for parameter, gradient in zip(self.parameters, before, strict=True):
+            parameter.grad = gradient
+        report = self._report(sums)
+        # a leaf of its own, so that the loss is differentiable even on a rank without parameters
+        anchor = torch.zeros((), device=self.device, requires_grad=True)
+        scale = sums["tokens"].clamp(min=1).reciprocal()
+        report["loss"] = _Deliver.apply(report["loss"], scale, [gradients], anchor, *self.parameters)
+        return report
+
+    def _count(self, batch: Batch, *, training: bool) -> int:
+        """The number of microbatches, equal on all ranks that exchange tokens or activations."""
+        samples = num_samples(batch)
+        count = choose_num_microbatches(samples, self.num_microbatches, num_ranks=self.num_ranks)
+        if training and samples % count and samples >= self._largest:
+            raise ConfigurationError(
+                f"a batch of {samples} samples does not split into num_microbatches={count} equal parts; "
+                f"use a batch size that is a multiple of {count}, or num_microbatches='auto'"
+            )
+        if training:  # the last batch of an epoch may be smaller and split unevenly: sums stay exact
+            self._largest = max(self._largest, samples)
+        count = max(min(count, samples), 1)
+        if self.data is not None:
+            agreed = torch.tensor(count)
+            dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self.data)
+            count = int(agreed)
+        return count
+
+    def _reduce(self, sums: Mapping[str, Tensor], *, training: bool) -> dict[str, Tensor]:
+        """Sums over all microbatches of all pipelines, known to every rank; float64, so that counts are exact."""
+        names = self._agree_on_names(sums, training=training)
+        total = torch.zeros(len(names), dtype=torch.float64, device=self.device)
+        for index, name in enumerate(names):
+            if name in sums:
+                total[index] = sums[name]
+        if self.world is not None:
+            dist.all_reduce(total, group=self.world)
+        return dict(zip(names, total, strict=True))
+
+    def _report(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        dtype = torch.float64 if self.engine.dtype == torch.float64 else torch.float32
+        return {name: value if name == "tokens" else value.to(dtype) for name, value in means(sums).items()}
+
+    def _agree_on_names(self, sums: Mapping[str, Tensor], *, training: bool) -> tuple[str, ...]:
+        """Only the last stage knows what the model reports; asked once."""
+        if training not in self._names:
+            found: list[Any] = [sorted(sums)]
+            if self.world is not None:
+                found = [None] * dist.get_world_size(self.world)
+                dist.all_gather_object(found, sorted(sums), group=self.world)
+            self._names[training] = tuple(sorted({name for names in found for name in names}))
+        return self._names[training]
+
+    def _predict(self, batch: Batch) -> Tensor:
+        count = self._count(batch, training=False)
+        outputs = self.engine.predict(split(batch, count))
+        owners = [self.engine.owner_of_output(microbatch, count) for microbatch in range(count)]
+        return torch.cat([self._share(outputs.get(index), owner) for index, owner in enumerate(owners)])
+
+    def _share(self, output: Tensor | None, owner: int) -> Tensor:
+        """``output`` of the pipeline rank ``owner``, on every rank of the pipeline."""
+        if self.pipeline is None:
+            assert output is not None, "one rank has all outputs"
+            return output
+        box: list[Any] = [None if output is None else (output.shape, output.dtype)]
+        dist.broadcast_object_list(box, group=self.pipeline, group_src=owner)
+        if output is None:
+            shape, dtype = box[0]
+            output = torch.empty(shape, dtype=dtype, device=self.device)
+        output = output.contiguous()
+        if output.numel():
+            dist.broadcast(output, group=self.pipeline, group_src=owner)
+        return output
+
+
+class _Deliver(torch.autograd.Function):
+    """A loss whose gradients have been computed already: ``backward`` hands them over, scaled."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, scale: Tensor, box: list[Any], anchor: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.box, ctx.scale = box, scale
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.box:
+            raise RuntimeError(
+                "backward was called twice on the loss of one pipeline step: its gradients were handed over the first "
+                "time. Add up the losses first, or call the model again."
+            )
+        factor = grad * ctx.scale
+        gradients = (None if gradient is None else gradient.mul_(factor) for gradient in ctx.box.pop())
+        return None, None, None, None, *gradients

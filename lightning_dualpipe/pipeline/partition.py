@@ -1,0 +1,154 @@
+"""Cut the list of layers into stages of equal cost, and the model down to what one rank needs.
+
+    layers   embed  b0  b1 │ b2  b3  b4 │ b5  b6  b7 │ b8  norm mtp head
+    stage         0        │     1      │     2      │        3
+
+The slowest stage sets the pace of a pipeline, so the cut minimises the cost of the most expensive
+stage. What a rank does not serve is replaced by a placeholder: names of what stays are still those
+of the whole model.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dualpipe.errors import ConfigurationError
+from lightning_dualpipe.interface import Layer, TensorSpec
+
+__all__ = ["Elsewhere", "Whole", "keep_only", "materialize", "partition"]
+
+
+def partition(layers: Sequence[Layer], num_stages: int) -> tuple[range, ...]:
+    """Indices of the layers of each stage: contiguous, none empty, the dearest as cheap as possible.
+
+    Raises:
+        ConfigurationError: there are fewer places to cut than stages.
+    """
+    blocks = _uncuttable_blocks(layers)
+    if len(blocks) < num_stages:
+        raise ConfigurationError(
+            f"{num_stages} stages need at least {num_stages} layers to share out, the model has {len(blocks)} "
+            f"(layers that must stay together counted once); use fewer pipeline ranks or a deeper model"
+        )
+    costs = [sum(layers[index].cost for index in block) for block in blocks]
+    bounds = _balanced_bounds(costs, num_stages)
+    return tuple(
+        range(blocks[start].start, blocks[stop - 1].stop) for start, stop in zip(bounds, bounds[1:], strict=False)
+    )
+
+
+def _uncuttable_blocks(layers: Sequence[Layer]) -> list[range]:
+    starts = [index for index, layer in enumerate(layers) if index == 0 or not layer.with_previous]
+    return [range(start, stop) for start, stop in zip(starts, [*starts[1:], len(layers)], strict=True)]
+
+
+def _balanced_bounds(costs: Sequence[float], num_parts: int) -> list[int]:
+    """Boundaries of the contiguous parts whose dearest is cheapest, by dynamic programming.
+
+    ``best[stop]`` after round ``k`` is the cost of the dearest of ``k`` parts that end at ``stop``.
+    """
+    total = [0.0, *accumulate(costs)]
+    best = [0.0] + [float("inf")] * len(costs)
+    choices: list[list[int]] = []
+    for part in range(1, num_parts + 1):
+        found = [
+            min(
+                ((max(best[start], total[stop] - total[start]), start) for start in range(part - 1, stop)),
+                default=(float("inf"), 0),
+            )
+            for stop in range(len(costs) + 1)
+        ]
+        best = [cost for cost, _ in found]
+        choices.append([start for _, start in found])
+    bounds = [len(costs)]
+    for choice in reversed(choices):
+        bounds.append(choice[bounds[-1]])
+    return bounds[::-1]
+
+
+class Elsewhere(nn.Module):
+    """Stands where a module was that another rank holds."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, *args: object, **kwargs: object) -> None:
+        raise RuntimeError(f"{self.name} is held by another rank; call the whole model, not a part of it")
+
+    def extra_repr(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """What is known of the whole model before it is cut: enough to put it together again.
+
+    ``tensors``: every name of the state dict, in order, with shape and dtype.
+    ``same_as``: a name -> the first name of the same tensor (tied weights have several).
+    ``stages_of``: the first name of a tensor -> the stages that use it.
+    """
+
+    tensors: Mapping[str, TensorSpec]
+    same_as: Mapping[str, str]
+    stages_of: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, model: nn.Module, layers: Sequence[Layer], stages: Sequence[range]) -> "Whole":
+        """
+        Raises:
+            ConfigurationError: a parameter belongs to no layer, so that no rank would keep it.
+        """
+        users: dict[int, set[int]] = {}
+        for stage, indices in enumerate(stages):
+            for module in (module for index in indices for module in layers[index].modules):
+                for tensor in (*module.parameters(), *module.buffers()):
+                    users.setdefault(id(tensor), set()).add(stage)
+        state = model.state_dict(keep_vars=True)
+        orphans = [name for name, tensor in state.items() if tensor.requires_grad and id(tensor) not in users]
+        if orphans:
+            raise ConfigurationError(
+                f"{len(orphans)} parameters belong to no layer ({', '.join(orphans[:5])}{', …' * (len(orphans) > 5)}): "
+                f"list their module in {type(model).__name__}.layers(), or in `modules` of the Layer that uses it"
+            )
+        first: dict[int, str] = {}
+        same_as = {name: first.setdefault(id(tensor), name) for name, tensor in state.items()}
+        everywhere = set(range(len(stages)))
+        return cls(
+            tensors={name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()},
+            same_as=same_as,
+            stages_of={same_as[name]: tuple(sorted(users.get(id(t), everywhere))) for name, t in state.items()},
+        )
+
+
+def keep_only(model: nn.Module, kept: Iterable[Layer], layers: Iterable[Layer]) -> None:
+    """Replace, in place, the modules of ``layers`` that no layer of ``kept`` uses."""
+    needed = {id(part) for layer in kept for module in layer.modules for part in module.modules()}
+    spare = {id(module) for layer in layers for module in layer.modules} - needed
+    for parent_name, parent in list(model.named_modules(remove_duplicate=False)):
+        for name, child in list(parent._modules.items()):
+            if id(child) in spare:
+                setattr(parent, name, Elsewhere(f"{parent_name}.{name}".lstrip(".")))
+
+
+def materialize(model: nn.Module, device: torch.device) -> bool:
+    """Give memory on ``device`` to what is on the meta device; ties between parameters survive.
+
+    Returns whether there was anything; the new tensors are uninitialised.
+    """
+    made: dict[int, nn.Parameter | Tensor] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                if id(parameter) not in made:
+                    empty = torch.empty_like(parameter, device=device)
+                    made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                module._parameters[name] = made[id(parameter)]  # type: ignore[assignment]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                made.setdefault(id(buffer), torch.empty_like(buffer, device=device))
+                module._buffers[name] = made[id(buffer)]
+    return bool(made)

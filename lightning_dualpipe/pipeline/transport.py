@@ -1,0 +1,109 @@
+"""Move the tensors of a message between two ranks of one pipeline.
+
+Which messages travel, and when each end posts them, was decided when the schedule was lowered
+(``schedules.exchange``); here they only become sends and receives. NCCL matches operations of two
+ranks by order alone, so one exchange is one batch, built in the same order on both ends. gloo
+matches by tag. A receive is waited for where its tensors are used, a send at the end of the step.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_dualpipe.interface import TensorSpec
+from lightning_dualpipe.schedules import Message
+
+__all__ = ["Transport"]
+
+
+@dataclass(slots=True)
+class Transport:
+    """Sends and receives of one rank over ``group``, whose ranks are the pipeline's."""
+
+    group: dist.ProcessGroup | None
+    device: torch.device
+    _arriving: dict[Message, tuple[list[dist.Work], tuple[Tensor, ...]]] = field(default_factory=dict)
+    _leaving: list[tuple[dist.Work, Tensor]] = field(default_factory=list)
+
+    def exchange(
+        self,
+        sends: Iterable[tuple[Message, Sequence[Tensor]]],
+        receives: Iterable[tuple[Message, Sequence[TensorSpec]]],
+    ) -> None:
+        """Post all of one exchange; returns at once. Empty tensors do not travel: both ends know their shape."""
+        self._leaving = [(work, tensor) for work, tensor in self._leaving if not work.is_completed()]
+        outgoing = [
+            (message, index, tensor.contiguous())
+            for message, tensors in sends
+            for index, tensor in enumerate(tensors)
+            if tensor.numel()
+        ]
+        incoming: list[tuple[Message, int, Tensor]] = []
+        for message, specs in receives:
+            tensors = tuple(torch.empty(spec.shape, dtype=spec.dtype, device=self.device) for spec in specs)
+            self._arriving[message] = ([], tensors)
+            incoming += [(message, index, tensor) for index, tensor in enumerate(tensors) if tensor.numel()]
+        if dist.get_backend(self.group) == "nccl":
+            self._post_batch(outgoing, incoming)
+        else:
+            self._post_tagged(outgoing, incoming)
+
+    def take(self, message: Message) -> tuple[Tensor, ...]:
+        """The tensors of a message, once they have arrived."""
+        works, tensors = self._arriving.pop(message)
+        for work in works:
+            work.wait()
+        return tensors
+
+    def finish(self) -> None:
+        """Wait until everything sent has left."""
+        for work, _ in self._leaving:
+            work.wait()
+        self._leaving.clear()
+        assert not self._arriving, f"received but never used: {list(map(str, self._arriving))}"
+
+    def _post_tagged(
+        self, outgoing: list[tuple[Message, int, Tensor]], incoming: list[tuple[Message, int, Tensor]]
+    ) -> None:
+        for message, index, tensor in incoming:
+            work = dist.irecv(tensor, group=self.group, group_src=message.source_rank, tag=_tag(message, index))
+            assert work is not None
+            self._arriving[message][0].append(work)
+        for message, index, tensor in outgoing:
+            work = dist.isend(tensor, group=self.group, group_dst=message.target_rank, tag=_tag(message, index))
+            assert work is not None
+            self._leaving.append((work, tensor))
+
+    def _post_batch(
+        self, outgoing: list[tuple[Message, int, Tensor]], incoming: list[tuple[Message, int, Tensor]]
+    ) -> None:
+        """One group call. Between two ranks the operations are in the order of (message, index) on both ends."""
+        order = sorted([(m, i, t, True) for m, i, t in outgoing] + [(m, i, t, False) for m, i, t in incoming], key=_key)
+        operations = [
+            dist.P2POp(dist.isend, tensor, group=self.group, group_peer=message.target_rank)
+            if leaves
+            else dist.P2POp(dist.irecv, tensor, group=self.group, group_peer=message.source_rank)
+            for message, _, tensor, leaves in order
+        ]
+        if not operations:
+            return
+        works = dist.batch_isend_irecv(operations)
+        for message, _, _ in incoming:
+            self._arriving[message][0].extend(works)
+        self._leaving.extend((work, tensor) for _, _, tensor in outgoing for work in works)
+
+
+_TENSORS_PER_MESSAGE = 64
+
+
+def _tag(message: Message, index: int) -> int:
+    assert index < _TENSORS_PER_MESSAGE, f"a boundary may carry {_TENSORS_PER_MESSAGE} tensors"
+    return message.tag * _TENSORS_PER_MESSAGE + index
+
+
+def _key(operation: tuple[Message, int, Tensor, bool]) -> tuple[int, int]:
+    message, index, _, _ = operation
+    return message.tag, index

@@ -1,0 +1,104 @@
+"""``y = x W^T + b`` whose weight gradient can wait.
+
+    grad_x = g W        at once: the stage before needs it
+    grad_W = g^T x      at once, or put into a queue while ``queue.deferring``
+    grad_b = sum g      with grad_W
+
+The products are the ones that autograd computes for ``F.linear``, so the bits are the same.
+Hooks of a parameter cannot see a gradient that skipped autograd; such a parameter never waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lightning_dualpipe.interface import WeightGradients
+from lightning_dualpipe.precision.weight_gradients import autocast_to, now_or_later, without_autocast
+
+__all__ = ["linear", "make_linears_deferrable"]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, queue: WeightGradients | None = None) -> Tensor:
+    """``F.linear(x, weight, bias)``, also under autocast; weight gradients wait while ``queue.deferring``."""
+    if queue is None or not torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    y: Tensor = _Linear.apply(autocast_to(x), weight, bias, queue)
+    return y
+
+
+def make_linears_deferrable(module: nn.Module, queue: WeightGradients) -> Callable[[], None]:
+    """Let the weight gradients of ``module`` wait in ``queue``; returns a function that undoes it.
+
+    Every plain ``nn.Linear`` gets a ``forward`` of its own, called through its hooks as before;
+    names, classes and state dicts stay. Layers with an attribute ``weight_gradients`` get the queue.
+    Left as they are: subclasses, layers whose ``forward`` is already replaced, and layers whose
+    weight is not a parameter of its own (``weight_norm``, pruning, tensor subclasses).
+    """
+    linears = [layer for layer in module.modules() if isinstance(layer, nn.Linear) and _is_plain(layer)]
+    queues = {layer: layer.weight_gradients for layer in module.modules() if hasattr(layer, "weight_gradients")}
+    for linear_layer in linears:
+        vars(linear_layer)["forward"] = partial(_forward, linear_layer, queue)
+    for layer in queues:
+        vars(layer)["weight_gradients"] = queue
+
+    def undo() -> None:
+        for linear_layer in linears:
+            del vars(linear_layer)["forward"]
+        for layer, before in queues.items():
+            vars(layer)["weight_gradients"] = before
+
+    return undo
+
+
+def _is_plain(layer: nn.Linear) -> bool:
+    if type(layer) is not nn.Linear or "forward" in vars(layer):
+        return False
+    bias = layer._parameters.get("bias")
+    return type(layer._parameters.get("weight")) is nn.Parameter and (bias is None or type(bias) is nn.Parameter)
+
+
+def _forward(layer: nn.Linear, queue: WeightGradients, input: Tensor) -> Tensor:  # named as in nn.Linear
+    return linear(input, layer.weight, layer.bias, queue)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, queue: WeightGradients) -> Tensor:
+        # The weight is kept as it is and cast again in backward: a cast copy per microbatch would add up
+        cast_weight = autocast_to(weight)
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        ctx.parameters = weight, bias  # the objects that own ``.grad``; a saved tensor may come back as a copy
+        ctx.queue, ctx.cast = queue, cast_weight.dtype
+        return F.linear(x, cast_weight, None if bias is None else autocast_to(bias))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        grad_x = grad_weight = grad_bias = None
+        if needs_x:
+            with without_autocast(grad):
+                grad_x = grad @ weight.to(ctx.cast)
+        if needs_weight:
+            grad_weight = now_or_later(ctx.parameters[0], ctx.queue, partial(_weight_gradient, grad, x))
+        if needs_bias:
+            grad_bias = now_or_later(ctx.parameters[1], ctx.queue, partial(_bias_gradient, grad))
+        return grad_x, grad_weight, grad_bias, None
+
+
+def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    with without_autocast(grad):
+        return grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+
+
+def _bias_gradient(grad: Tensor) -> Tensor:
+    with without_autocast(grad):
+        return grad.reshape(-1, grad.shape[-1]).sum(0)

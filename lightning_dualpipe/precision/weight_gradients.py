@@ -1,0 +1,60 @@
+"""What ``linear`` and ``grouped_linear`` share: weight gradients that wait, and autocast.
+
+A weight gradient is needed by nobody before the optimizer, so a zero-bubble schedule computes it
+when its rank would otherwise idle (arXiv:2401.10241; DeepSeek-V3 report, section 3.2.1). The layer
+puts a closure into the queue of its stage; when it runs, it adds to ``.grad`` what autograd would
+have added, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from lightning_dualpipe.interface import WeightGradients
+
+__all__ = ["autocast_to", "now_or_later", "without_autocast"]
+
+
+def now_or_later(parameter: Tensor, queue: WeightGradients | None, compute: Callable[[], Tensor]) -> Tensor | None:
+    """The gradient of ``parameter`` for autograd, or None if ``compute`` was put into the queue instead."""
+    if queue is None or not _can_wait(parameter, queue):
+        return compute().to(parameter.dtype)
+    queue.put(lambda: _add_gradient(parameter, compute()))
+    return None
+
+
+def _can_wait(parameter: Tensor, queue: WeightGradients) -> bool:
+    """A computed weight (a parametrization, for instance) must pass its gradient on, and a hook must see it."""
+    hooks = parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
+    return queue.deferring and parameter.is_leaf and not hooks
+
+
+@torch.no_grad()  # runs outside the autograd engine: without this the sum would carry a graph
+def _add_gradient(parameter: Tensor, gradient: Tensor) -> None:
+    gradient = gradient.to(parameter.dtype)
+    if parameter.grad is None:
+        parameter.grad = gradient
+    else:
+        parameter.grad += gradient
+
+
+def autocast_to(tensor: Tensor) -> Tensor:
+    """``tensor`` in the number format that an enclosing ``torch.autocast`` wants for a matrix multiplication."""
+    device = tensor.device.type
+    if not _autocast_enabled(device) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """For backwards: they keep the format of their forward, whatever surrounds them."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if _autocast_enabled(device) else nullcontext()
+
+
+def _autocast_enabled(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

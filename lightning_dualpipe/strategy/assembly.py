@@ -1,0 +1,268 @@
+"""Put together what one rank runs: its part of the model, the engine, and who else holds what.
+
+    find      the submodule that follows ``interface.PipelineModel``
+    cut       its layers into stages of equal cost; keep this rank's, replace the rest by placeholders
+    spread    experts over the ranks of the expert group
+    fill      memory and initial weights for what was built on the meta device
+    attach    the model's ``forward`` becomes the pipeline
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial, reduce
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_dualpipe.checkpoint.store import CheckpointStore
+from lightning_dualpipe.errors import ConfigurationError
+from lightning_dualpipe.interface import InitializesWeights, Layer, PipelineModel, WeightGradients, as_layers
+from lightning_dualpipe.parallel.dispatch import AllToAllDispatcher, SpreadsExperts
+from lightning_dualpipe.parallel.groups import Groups
+from lightning_dualpipe.parallel.layout import ParallelLayout
+from lightning_dualpipe.parallel.replicas import ReplicaGroups
+from lightning_dualpipe.pipeline.engine import Engine
+from lightning_dualpipe.pipeline.forward import PipelinedForward
+from lightning_dualpipe.pipeline.partition import Whole, keep_only, materialize, partition
+from lightning_dualpipe.pipeline.stage import Stage
+from lightning_dualpipe.pipeline.transport import Transport
+from lightning_dualpipe.precision.linear import make_linears_deferrable
+from lightning_dualpipe.schedules import Schedule, build_schedule
+
+__all__ = ["Assembly", "find_pipeline_model"]
+
+
+def find_pipeline_model(owner: nn.Module) -> PipelineModel:
+    """The outermost submodule of a LightningModule that a pipeline can cut.
+
+    Raises:
+        ConfigurationError: there is none, or more than one.
+    """
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in owner.named_modules():
+        inside = any(not outer or name.startswith(f"{outer}.") for outer, _ in found)
+        if isinstance(module, PipelineModel) and not inside:
+            found.append((name, module))
+    if len(found) == 1:
+        return found[0][1]  # type: ignore[return-value]
+    who = type(owner).__name__
+    if not found:
+        raise ConfigurationError(
+            f"{who} has no model that a pipeline can cut: none of its submodules has the methods layers(), inputs(), "
+            "boundary() and loss() of lightning_dualpipe.PipelineModel. docs/your_own_model.md shows them for a small "
+            "GPT. If the model is built in configure_model or in setup, build it under the same attribute there"
+        )
+    raise ConfigurationError(
+        f"{who} has {len(found)} models that a pipeline could cut ({', '.join(name for name, _ in found)}); "
+        "one can be trained at a time: keep one, or wrap them in a single one"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A model of which this rank keeps some stages, and what is known of the whole."""
+
+    layers: Sequence[Layer]
+    stages: Sequence[range]
+    whole: Whole
+    made_for: tuple[object, ...]
+
+    @classmethod
+    def cut(cls, owner: nn.Module, model: PipelineModel, placement: Schedule, *, rank: int, made_for: object) -> "Part":
+        """Cut ``model`` in place. A second Trainer with the same layout finds what the first one cut."""
+        before: Part | None = vars(model).get(_PART)
+        if before is not None:
+            if before.made_for == made_for:
+                return before
+            raise ConfigurationError(
+                f"{type(owner).__name__} was cut by another Trainer for {before.made_for}, this one needs {made_for}; "
+                "use the first Trainer again, or build the module anew and load its checkpoint"
+            )
+        layers = as_layers(model.layers())
+        stages = partition(layers, placement.num_stages)
+        part = cls(layers, stages, Whole.of(owner, layers, stages), made_for)
+        kept = [layers[index] for stage in placement.stages_on(rank) for index in stages[stage]]
+        keep_only(model, kept, layers)
+        vars(model)[_PART] = part
+        return part
+
+
+_PART = "_pipeline_part"
+
+
+class Assembly:
+    """What this rank runs of ``owner``, the LightningModule.
+
+    Args:
+        convert: the precision plugin's conversion of modules.
+        context: what a forward of a stage runs in.
+    """
+
+    def __init__(
+        self,
+        owner: nn.Module,
+        layout: ParallelLayout,
+        groups: Groups,
+        *,
+        rank: int,
+        schedule: str,
+        num_microbatches: int | Literal["auto"],
+        device: torch.device,
+        context: Callable[[], AbstractContextManager[object]],
+        convert: Callable[[nn.Module], nn.Module],
+    ) -> None:
+        self.owner = owner
+        self.model = find_pipeline_model(owner)
+        self._layout, self._groups = layout, groups
+        self._rank, self._pipeline_rank = rank, layout.pipeline_rank(rank)
+        # one rank has nothing to pass on; the plainest schedule then
+        schedule_of = partial(build_schedule, "1f1b" if layout.pipeline == 1 else schedule, layout.pipeline)
+        self._placement = schedule_of(2 * layout.pipeline)
+        made_for = (schedule, layout, rank)
+        self.part = Part.cut(owner, self.model, self._placement, rank=self._pipeline_rank, made_for=made_for)
+        self._spread_experts()
+        self._fill(device)
+        convert(owner)
+        owner.to(device)
+        self.rows = self._rows()
+        holders = {first: self._holders(first) for first in self._local_tensors()}
+        self.replicas = ReplicaGroups(holders, rank=rank, timeout=groups.timeout)
+        if not _initializes_itself(owner):
+            self.replicas.broadcast(self._local_tensors())
+        self.store = CheckpointStore(
+            whole=self.part.whole.tensors,
+            same_as=self.part.whole.same_as,
+            rows=self.rows,
+            owned=frozenset(first for first, ranks in holders.items() if ranks[0] == rank),
+            parameters=self.named_parameters,
+            group=groups.world_host,
+        )
+        self._stages = self._build_stages(context)
+        self._forward = self._pipelined(device, num_microbatches, schedule_of)
+        self._undo: list[Callable[[], None]] = []
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """This rank's parameters by the first name they have in the whole model."""
+        same_as = self.part.whole.same_as
+        return {same_as[name]: parameter for name, parameter in self.owner.named_parameters()}
+
+    def attach(self) -> None:
+        """From now on, calling the model runs the pipeline."""
+        self.detach()
+        for stage in self._stages.values():
+            for module in {module for layer in stage.layers for module in layer.modules}:
+                self._undo.append(make_linears_deferrable(module, stage.weight_gradients))
+        vars(self.model)["forward"] = self._forward
+
+    def detach(self) -> None:
+        """The model as it was, less what other ranks hold."""
+        vars(self.model).pop("forward", None)
+        while self._undo:
+            self._undo.pop()()
+
+    # ---- steps of the constructor -------------------------------------------------------------
+
+    def _spread_experts(self) -> None:
+        if self._layout.expert == 1:
+            return
+        spread = [module for module in self.owner.modules() if isinstance(module, SpreadsExperts)]
+        uneven = {m.num_experts for m in spread if m.num_experts % self._layout.expert}
+        if uneven:
+            raise ConfigurationError(
+                f"expert_parallel_size={self._layout.expert} must divide the model's {uneven.pop()} routed experts, "
+                "so that every rank holds as many; choose a divisor"
+            )
+        for module in spread:
+            assert self._groups.expert is not None
+            module.use_dispatcher(AllToAllDispatcher(module.num_experts, self._groups.expert))
+
+    def _fill(self, device: torch.device) -> None:
+        if not materialize(self.owner, device):
+            return
+        source = _initializes_itself(self.owner)
+        if source is None:
+            raise ConfigurationError(
+                f"{type(self.owner).__name__} is on the meta device, but has no initialize_weights() to fill it; "
+                "add one that depends on parameter names only, or build the model on a real device"
+            )
+        source.initialize_weights()
+
+    def _build_stages(self, context: Callable[[], AbstractContextManager[object]]) -> dict[int, Stage]:
+        layers, num_stages = self.part.layers, self._placement.num_stages
+        return {
+            index: Stage(
+                index,
+                num_stages,
+                self.model,
+                [layers[position] for position in self.part.stages[index]],
+                WeightGradients(),
+                context,
+            )
+            for index in self._placement.stages_on(self._pipeline_rank)
+        }
+
+    def _pipelined(
+        self,
+        device: torch.device,
+        num_microbatches: int | Literal["auto"],
+        schedule_of: Callable[[int], Schedule],
+    ) -> PipelinedForward:
+        groups = self._groups
+        engine = Engine(
+            self.model,
+            schedule_of,
+            rank=self._pipeline_rank,
+            stages=self._stages,
+            transport=Transport(groups.pipeline, device),
+            dtype=self._dtype(),
+        )
+        return PipelinedForward(
+            engine,
+            list(self.named_parameters().values()),
+            num_ranks=self._layout.pipeline,
+            num_microbatches=num_microbatches,
+            device=device,
+            pipeline=groups.pipeline,
+            data=groups.data_host if self._layout.expert > 1 else None,
+            world=groups.world,
+        )
+
+    def _dtype(self) -> torch.dtype:
+        """What crosses a boundary if the model does not say: the widest format among all ranks' parameters."""
+        mine = {parameter.dtype for parameter in self.named_parameters().values() if parameter.is_floating_point()}
+        found: list[set[torch.dtype]] = [mine]
+        if self._groups.world_host is not None:
+            found = [set() for _ in range(self._layout.world)]
+            dist.all_gather_object(found, mine, group=self._groups.world_host)
+        return reduce(torch.promote_types, set.union(*found)) if any(found) else torch.get_default_dtype()
+
+    # ---- who holds what -----------------------------------------------------------------------
+
+    def _local_tensors(self) -> dict[str, Tensor]:
+        same_as = self.part.whole.same_as
+        state = self.owner.state_dict(keep_vars=True)
+        return {same_as[name]: tensor for name, tensor in state.items() if name in same_as}
+
+    def _rows(self) -> dict[str, range]:
+        """Of the tensors that are spread by rows over the expert ranks, the rows that are here."""
+        expert_rank = self._layout.expert_rank(self._rank)
+        found = {}
+        for first, tensor in self._local_tensors().items():
+            if tuple(tensor.shape) != self.part.whole.tensors[first].shape:
+                found[first] = range(expert_rank * len(tensor), (expert_rank + 1) * len(tensor))
+        return found
+
+    def _holders(self, first: str) -> tuple[int, ...]:
+        """Global ranks that hold this very tensor, or these very rows of it, in order."""
+        layout = self._layout
+        pipeline_ranks = {r for stage in self.part.whole.stages_of[first] for r in self._placement.replicas_of(stage)}
+        ranks = (layout.rank(pipeline=p, data=d) for p in pipeline_ranks for d in range(layout.data))
+        mine = self._layout.expert_rank(self._rank)
+        return tuple(sorted(r for r in ranks if first not in self.rows or layout.expert_rank(r) == mine))
+
+
+def _initializes_itself(owner: nn.Module) -> InitializesWeights | None:
+    return next((module for module in owner.modules() if isinstance(module, InitializesWeights)), None)

@@ -1,0 +1,489 @@
+"""``Trainer(strategy="dualpipe")``: pipeline and expert parallelism for an ordinary LightningModule.
+
+    setup           find the model that follows ``interface.PipelineModel``, keep this rank's stages,
+                    give them memory, replace the model's ``forward`` by the pipeline
+    training_step   the user's, unmodified, on every rank: calling the model runs the whole schedule
+    backward        hands the gradients over, then sums them over every rank that holds the parameter
+    clipping        by the norm of the whole model, each parameter counted once
+    checkpoints     one file, as ``strategy="auto"`` would have written it
+
+What a rank holds is decided by ``strategy.assembly``; who reads the data by ``strategy.reader``.
+"""
+
+import types
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.fabric.utilities.distributed import (
+    _distributed_is_initialized,
+    _get_default_process_group_backend_for_device,
+    _init_dist_connection,
+)
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.fabric.utilities.seed import pl_worker_init_function, reset_seed
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_only as utilities_rank_zero_only
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_dualpipe.errors import ConfigurationError
+from lightning_dualpipe.interface import InitializesWeights
+from lightning_dualpipe.parallel.grad_norm import clip_, gradient_norm
+from lightning_dualpipe.parallel.groups import Groups
+from lightning_dualpipe.parallel.layout import ParallelLayout
+from lightning_dualpipe.schedules import SCHEDULES
+from lightning_dualpipe.strategy.assembly import Assembly
+from lightning_dualpipe.strategy.failures import report_failure
+from lightning_dualpipe.strategy.launcher import PipelineLauncher, watch_parent
+from lightning_dualpipe.strategy.reader import PipelineReader
+
+__all__ = ["DualPipeStrategy"]
+
+
+class DualPipeStrategy(ParallelStrategy):
+    """Trains one model over several processes: pipeline, data and expert parallelism.
+
+    The world of processes is ``pipeline_parallel_size`` x data-parallel size. Experts are spread over
+    data ranks, so ``expert_parallel_size`` divides the data-parallel size.
+
+    Args:
+        pipeline_parallel_size: ranks that share one copy of the batch; ``"auto"`` takes the devices of a node.
+        expert_parallel_size: data ranks over which the experts of a layer are spread.
+        schedule: ``dualpipe`` (even number of pipeline ranks, every stage twice), ``dualpipev``, ``zb1p``,
+            ``1f1b`` or ``gpipe``.
+        num_microbatches: pieces of a batch; ``"auto"`` takes the smallest divisor of the batch size that
+            is at least twice the pipeline size. More pieces mean a smaller idle share.
+        overlap: run the forward and the backward of a pair at once where the model allows it.
+        process_group_backend: ``nccl`` on GPUs and ``gloo`` on CPUs by default.
+        timeout: how long a collective may wait before the run is given up.
+    """
+
+    strategy_name = "dualpipe"
+
+    def __init__(
+        self,
+        pipeline_parallel_size: int | Literal["auto"] = "auto",
+        expert_parallel_size: int = 1,
+        schedule: Literal["dualpipe", "dualpipev", "zb1p", "1f1b", "gpipe"] = "dualpipe",
+        num_microbatches: int | Literal["auto"] = "auto",
+        overlap: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        _check_arguments(pipeline_parallel_size, expert_parallel_size, schedule, num_microbatches)
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+        )
+        self.pipeline_parallel_size = pipeline_parallel_size
+        self.expert_parallel_size = expert_parallel_size
+        self.schedule = schedule
+        self.num_microbatches = num_microbatches
+        self.overlap = overlap
+        self.num_nodes = 1
+        self.assembly: Assembly | None = None
+        self._backend = process_group_backend
+        self._timeout = timeout or default_pg_timeout
+        self._groups: Groups | None = None
+        self._sync_blocked = False
+
+    # ---- who and where ------------------------------------------------------------------------
+
+    @property
+    def layout(self) -> ParallelLayout:
+        """The places of all ranks; known as soon as the number of processes is."""
+        pipeline = self.num_processes if self.pipeline_parallel_size == "auto" else self.pipeline_parallel_size
+        return ParallelLayout(world=self.world_size, pipeline=pipeline, expert=self.expert_parallel_size)
+
+    @property
+    def groups(self) -> Groups:
+        assert self._groups is not None, "process groups exist after setup_environment"
+        return self._groups
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def num_processes(self) -> int:
+        return len(self.parallel_devices) if self.parallel_devices is not None else 0
+
+    @property
+    @override
+    def world_size(self) -> int:
+        return self.num_nodes * self.num_processes
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether ranks read different data. Lightning injects a distributed sampler only then."""
+        return self.layout.data > 1
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self.layout.data, "rank": self._data_rank}
+
+    @property
+    def _data_rank(self) -> int:
+        """Which of the pipelines this rank belongs to."""
+        return self.layout.data_rank(self.global_rank)
+
+    @property
+    @override
+    def precision_plugin(self) -> Precision:
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        """Clipping by norm goes through the plugin, which sees this rank's parameters only: give it the whole norm."""
+        if plugin is not None:
+            plugin.clip_grad_by_norm = types.MethodType(  # type: ignore[method-assign]
+                lambda plugin, optimizer, clip_val: self._clip_by_norm(plugin, optimizer, clip_val), plugin
+            )
+        self._precision_plugin = plugin
+
+    # ---- launch -------------------------------------------------------------------------------
+
+    @override
+    def _configure_launcher(self) -> None:
+        self._check_run()
+        assert self.cluster_environment is not None
+        if self.world_size > 1 and not self.cluster_environment.creates_processes_externally:
+            self._launcher = PipelineLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+    def set_world_ranks(self) -> None:
+        if self.cluster_environment is not None:
+            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+            self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        rank_zero_only.rank = utilities_rank_zero_only.rank = self.global_rank
+
+    def _check_run(self) -> None:
+        """Everything that can be known to be wrong before a process is started."""
+        problems = self.layout.problems()
+        if self.schedule == "dualpipe" and self.layout.pipeline > 1 and self.layout.pipeline % 2:
+            problems.append(
+                f"dualpipe needs an even number of pipeline ranks, got {self.layout.pipeline}; "
+                f"use schedule='dualpipev', which takes any, or pipeline_parallel_size={self.layout.pipeline - 1}"
+            )
+        if any(device.type == "mps" for device in self.parallel_devices or []):
+            problems.append("MPS devices cannot talk to one another; use accelerator='cpu' or CUDA devices")
+        if getattr(self, "_layer_sync", None) is not None:
+            problems.append(
+                "sync_batchnorm=True has no meaning here: microbatches of one batch never meet in a layer; remove it"
+            )
+        if str(self.precision_plugin.precision).startswith("16"):
+            problems.append(
+                f"precision={self.precision_plugin.precision!r} would let ranks skip different steps, and sums of "
+                "losses overflow float16; use precision='bf16-mixed' or 'bf16-true'"
+            )
+        if problems:
+            raise ConfigurationError.of(f"strategy {self.schedule!r} cannot run", problems)
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        watch_parent()
+        self.set_world_ranks()
+        reset_seed()
+        assert self.cluster_environment is not None
+        if self.world_size > 1 and not _distributed_is_initialized():
+            device_id = self.root_device if self.root_device.type != "cpu" else None
+            backend = self._backend or _get_default_process_group_backend_for_device(self.root_device)
+            _init_dist_connection(self.cluster_environment, backend, timeout=self._timeout, device_id=device_id)
+        if self._groups is None:
+            self._groups = Groups.create(self.layout, self.global_rank, timeout=self._timeout)
+
+    # ---- model --------------------------------------------------------------------------------
+
+    @override
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
+        """On the meta device if the model can initialise itself by name; it gets memory after it is cut."""
+        by_name = any(isinstance(module, InitializesWeights) for module in self.lightning_module.modules())
+        device = torch.device("meta") if by_name and self.world_size > 1 else self.root_device
+        with device, self.precision_plugin.tensor_init_context():
+            yield
+
+    @override
+    @contextmanager
+    def model_sharded_context(self) -> Generator[None, None, None]:
+        yield  # overridden, so that Trainer.init_module says what it cannot do
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        assert self.accelerator is not None and self.lightning_module is not None
+        self.accelerator.setup(trainer)
+        if self.assembly is None or self.assembly.owner is not self.lightning_module:
+            self.assembly = Assembly(
+                self.lightning_module,
+                self.layout,
+                self.groups,
+                rank=self.global_rank,
+                schedule=self.schedule,
+                num_microbatches=self.num_microbatches,
+                device=self.root_device,
+                context=lambda: self.precision_plugin.forward_context(),
+                convert=self.precision_plugin.convert_module,
+            )
+        self.model = self.lightning_module
+        self.model_to_device()
+        self.assembly.attach()
+        self.barrier("assembled")
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._reset_optimizers_and_schedulers()
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        if trainer.state.fn == TrainerFn.FITTING:
+            _optimizers_to_device(self.optimizers, self.root_device)
+
+    @override
+    def model_to_device(self) -> None:
+        assert self.model is not None
+        self.model.to(self.root_device)
+
+    # ---- steps --------------------------------------------------------------------------------
+    # The precision context is entered around each microbatch of a stage, not around the whole step: backwards
+    # run inside the step, and Transformer Engine forbids a second call of a module within one context.
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.lightning_module
+        if module.automatic_optimization:
+            first = module.trainer.fit_loop.epoch_loop.batch_idx % module.trainer.accumulate_grad_batches == 0
+            if first:  # Lightning clears them only after this call: until then they would take memory twice
+                for optimizer in self._optimizers:
+                    optimizer.zero_grad(set_to_none=True)
+        return module.training_step(*args, **kwargs)
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self.lightning_module.validation_step(*args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self.lightning_module.test_step(*args, **kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self.lightning_module.predict_step(*args, **kwargs)
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        assert self.assembly is not None and self.lightning_module is not None
+        self.pre_backward(closure_loss)
+        closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
+        self.assembly.replicas.unsum(self.assembly.named_parameters())
+        self.precision_plugin.backward(closure_loss, self.lightning_module, optimizer, *args, **kwargs)
+        if not self._sync_blocked:  # before on_after_backward, as in DDP
+            self.assembly.replicas.sum_gradients(self.assembly.named_parameters())
+        closure_loss = self.precision_plugin.post_backward(closure_loss, self.lightning_module)
+        self.post_backward(closure_loss)
+        return closure_loss
+
+    @override
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        self._sync_blocked = True
+        try:
+            yield
+        finally:
+            self._sync_blocked = False
+
+    def gradient_norm(self, norm_type: float = 2.0) -> Tensor:
+        """Norm of the gradients of the whole model, each parameter counted once; the same on every rank."""
+        assert self.assembly is not None
+        named, replicas = self.assembly.named_parameters(), self.assembly.replicas
+        return gradient_norm(named, replicas, group=self.groups.world, norm_type=norm_type)
+
+    def sum_over_replicas(self, tensors: Mapping[str, Tensor]) -> None:
+        """Sum each tensor, in place, over the ranks that hold the tensor of the LightningModule it is named after."""
+        assert self.assembly is not None
+        self.assembly.replicas.sum_tensors(tensors)
+
+    def _clip_by_norm(self, plugin: Precision, optimizer: Optimizer, clip_val: float) -> None:
+        assert self.assembly is not None
+        wanted = {id(parameter) for parameter in plugin.main_params(optimizer)}
+        named = {name: p for name, p in self.assembly.named_parameters().items() if id(p) in wanted}
+        clip_(named, clip_val, self.assembly.replicas, group=self.groups.world)
+
+    # ---- collectives --------------------------------------------------------------------------
+    # After an interrupt other ranks may never come: every collective becomes a no-op.
+
+    @property
+    def _alone(self) -> bool:
+        if not _distributed_is_initialized() or self.world_size == 1:
+            return True
+        trainer = self.lightning_module._trainer if self.lightning_module is not None else None
+        return trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        if self._alone:
+            return
+        if dist.get_backend() == "nccl":
+            dist.barrier(device_ids=[self.root_device.index])
+        else:
+            dist.barrier()
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if self._alone:
+            return obj
+        box = [obj]
+        dist.broadcast_object_list(box, src)
+        return box[0]
+
+    @override
+    def reduce(
+        self, tensor: Tensor | Any, group: Any | None = None, reduce_op: dist.ReduceOp | str | None = "mean"
+    ) -> Tensor | Any:
+        """Over the data ranks unless a group is given: within a pipeline all ranks have the same value."""
+        group = self.groups.data if group is None else group
+        if not isinstance(tensor, Tensor) or self._alone or group is None:
+            return tensor
+        named = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+        mean = reduce_op is None or (isinstance(reduce_op, str) and reduce_op.lower() in ("mean", "avg"))
+        if mean:
+            op = dist.ReduceOp.SUM
+        else:
+            op = named[reduce_op.lower()] if isinstance(reduce_op, str) else reduce_op
+        reduced = tensor.clone()
+        dist.all_reduce(reduced, op=op, group=group)
+        return reduced / dist.get_world_size(group) if mean else reduced
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        if self._alone:
+            return decision
+        votes = torch.tensor(int(decision), device=self.root_device)
+        dist.all_reduce(votes)
+        return bool(votes == self.world_size) if all else bool(votes)
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        return tensor if self._alone else super().all_gather(tensor, group=group, sync_grads=sync_grads)
+
+    # ---- data ---------------------------------------------------------------------------------
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        seeded = getattr(dataloader, "num_workers", 0) and getattr(dataloader, "worker_init_fn", 0) is None
+        if seeded:  # workers of one data rank draw the same numbers wherever in the pipeline they are
+            dataloader.worker_init_fn = partial(  # type: ignore[attr-defined]
+                pl_worker_init_function, rank=self._data_rank
+            )
+        group = self.groups.pipeline_host
+        return dataloader if group is None else PipelineReader(dataloader, group)
+
+    # ---- checkpoints --------------------------------------------------------------------------
+
+    @property
+    @override
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        assert self.assembly is not None
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer._optimizer
+        return self.assembly.store.local_optimizer_state(optimizer)
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None
+    ) -> None:
+        """Rank 0 writes one file, complete and in the form that ``strategy="auto"`` writes."""
+        if self._alone and self.world_size > 1:
+            rank_zero_warn(
+                f"{filepath} is not written: the run was interrupted and other ranks may be gone, so their part of "
+                "the model cannot be collected. The last regular checkpoint is intact."
+            )
+            return
+        assert self.assembly is not None
+        checkpoint["state_dict"] = self.assembly.store.whole_state_dict(checkpoint["state_dict"])
+        if "optimizer_states" in checkpoint:
+            states = checkpoint["optimizer_states"]
+            checkpoint["optimizer_states"] = [self.assembly.store.whole_optimizer_state(state) for state in states]
+        super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.assembly is not None and self.lightning_module is not None
+        names = self.lightning_module.state_dict()
+        local = self.assembly.store.local_state_dict(checkpoint["state_dict"], names, strict=strict)
+        self.lightning_module.load_state_dict(local, strict=strict)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        assert self.assembly is not None
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(self.assembly.store.local_part_of_optimizer_state(optimizer, state))
+        _optimizers_to_device(self.optimizers, self.root_device)
+
+    # ---- the end ------------------------------------------------------------------------------
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        if self.world_size > 1:
+            report_failure(exception, rank=self.global_rank)
+
+    @override
+    def teardown(self) -> None:
+        if self.assembly is not None:
+            self.assembly.detach()
+        assert self.cluster_environment is not None and self.accelerator is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        for name in ("dualpipe", "dualpipev"):
+            if name not in strategy_registry:
+                strategy_registry.register(name, cls, description=f"{name} pipeline parallelism", schedule=name)
+
+
+def _check_arguments(
+    pipeline: int | Literal["auto"], expert: int, schedule: str, num_microbatches: int | Literal["auto"]
+) -> None:
+    problems = [
+        f"{name}={value!r} must be a positive whole number{or_auto}"
+        for name, value, or_auto in (
+            ("pipeline_parallel_size", pipeline, " or 'auto'"),
+            ("expert_parallel_size", expert, ""),
+            ("num_microbatches", num_microbatches, " or 'auto'"),
+        )
+        if not (or_auto and value == "auto") and not (isinstance(value, int) and value > 0)
+    ]
+    if schedule not in SCHEDULES:
+        problems.append(f"schedule={schedule!r} is not one of {', '.join(SCHEDULES)}")
+    if problems:
+        raise ConfigurationError.of("DualPipeStrategy cannot be built", problems)

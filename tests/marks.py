@@ -1,0 +1,25 @@
+"""What a test needs beyond a CPU, said in one line above it; the reason shows when it is skipped.
+
+    @needs_cuda
+    @needs("transformers")
+"""
+
+from importlib.util import find_spec
+
+import pytest
+
+__all__ = ["needs", "needs_cuda", "needs_gpus", "needs_te"]
+
+
+def needs(package: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(find_spec(package) is None, reason=f"needs the package {package}")
+
+
+def needs_gpus(count: int) -> pytest.MarkDecorator:
+    # A string is evaluated when the test is due: tests that need no torch then do not import it.
+    too_few = f"__import__('torch').cuda.device_count() < {count}"
+    return pytest.mark.skipif(too_few, reason=f"needs {count} CUDA device{'s' if count > 1 else ''}")
+
+
+needs_cuda = needs_gpus(1)
+needs_te = needs("transformer_engine")

@@ -1,0 +1,186 @@
+"""One training run as the layout tests need it: the same module and data under any strategy, and what it computed.
+
+``train(rank, run)`` is called by ``run_ranks`` on every rank of a world, or in this process with rank 0.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from lightning_dualpipe import DeepSeekV3, DualPipeStrategy, TextDataModule
+from lightning_dualpipe.interface import ReplicaAware
+from tests.ranks import run_ranks
+
+GLOBAL_BATCH = 8
+SHAPE = {
+    "vocab_size": 264,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 2,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "initializer_range": 0.1,
+    "aux_loss_alpha": 1e-2,
+    "bias_update_speed": 1e-2,
+    "num_nextn_predict_layers": 1,
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """``strategy=None`` is ``Trainer(strategy="auto")`` in one process."""
+
+    strategy: Mapping[str, Any] | None = None
+    world: int = 1
+    steps: int = 30
+    precision: str = "64-true"
+    accumulate: int = 1
+    clip: float | None = 1.0
+    model: str = "deepseek_v3"
+    corpus: str = ""
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences per data rank, so that all runs read the same global batches."""
+        pipeline = 1 if self.strategy is None else self.strategy["pipeline_parallel_size"]
+        return GLOBAL_BATCH // (self.world // pipeline)
+
+
+@dataclass(frozen=True)
+class Result:
+    losses: list[float]
+    norms: list[float]  # before clipping
+    biases: dict[str, list[float]]  # by router, of the layers on this rank
+    counts: dict[str, list[int]]  # tokens per expert of the last step
+
+
+class Recorder(L.Callback):
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self.losses.append(float(trainer.callback_metrics["train_loss"]))
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        strategy = trainer.strategy
+        if isinstance(strategy, ReplicaAware):
+            self.norms.append(float(strategy.gradient_norm()))
+        else:
+            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            self.norms.append(float(nn.utils.get_total_norm(gradients)))
+
+
+def train_everywhere(run: Run) -> list[Result]:
+    """The results of all ranks; of one for ``auto``."""
+    return run_ranks(run.world, train, run, timeout=240)
+
+
+def train(rank: int, run: Run) -> Result:
+    trainer, module, data = build(rank, run)
+    recorder = next(c for c in trainer.callbacks if isinstance(c, Recorder))
+    trainer.fit(module, data)
+    biases, counts = {}, {}
+    if isinstance(module, DeepSeekV3):
+        biases = {name: router.e_score_correction_bias.tolist() for name, router in module.model.routers()}
+        counts = {name: load.tolist() for name, load in module.expert_load.items()}
+    return Result(recorder.losses, recorder.norms, biases, counts)
+
+
+def build(rank: int, run: Run) -> tuple[L.Trainer, L.LightningModule, TextDataModule]:
+    pretend_torchrun(rank, run.world)
+    L.seed_everything(7, verbose=False)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=run.world,
+        strategy="auto" if run.strategy is None else DualPipeStrategy(**run.strategy),
+        precision=run.precision,  # type: ignore[arg-type]
+        max_steps=run.steps,
+        accumulate_grad_batches=run.accumulate,
+        gradient_clip_val=run.clip,
+        callbacks=[Recorder()],
+        **{**QUIET, **run.trainer},
+    )
+    return trainer, build_module(run), build_data(run)
+
+
+QUIET: Mapping[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "limit_val_batches": 0,
+}
+
+
+def build_module(run: Run) -> L.LightningModule:
+    if run.model == "deepseek_v3":
+        overrides = {**SHAPE, **run.overrides}
+        return DeepSeekV3("tiny", overrides, learning_rate=1e-2, warmup_steps=5)  # type: ignore[arg-type]
+    from examples.your_own_model import LanguageModel
+
+    return LanguageModel(width=32, depth=6, heads=2)
+
+
+def build_data(run: Run) -> TextDataModule:
+    return TextDataModule(
+        run.corpus, sequence_length=16, batch_size=run.batch_size, cache_dir=Path(run.corpus).parent / "cache"
+    )
+
+
+def write_corpus(folder: Path) -> str:
+    """Text with some structure to learn, enough for the runs."""
+    words = "the cat sat on the mat and saw a dog run over the hill to find some bread".split()
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(len(words), (6000,), generator=generator).tolist()
+    path = folder / "corpus.txt"
+    path.write_text(" ".join(words[pick] for pick in picks))
+    return str(path)
+
+
+def pretend_torchrun(rank: int, world: int) -> None:
+    """The process group is there already; Lightning reads its place from torchrun's variables."""
+    if world > 1:
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world),
+            "GROUP_RANK": "0",
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": "0",
+            "TORCHELASTIC_RUN_ID": "tests",
+        }
+
+
+def gathered(results: list[Result], attribute: str) -> dict[str, Any]:
+    """Biases or counts of all layers, from the ranks that hold them; replicas must agree."""
+    merged: dict[str, Any] = {}
+    for result in results:
+        for name, value in getattr(result, attribute).items():
+            assert merged.setdefault(name, value) == value, f"ranks disagree about {attribute} of {name}"
+    return merged
+
+
+def same_everywhere(results: list[Result]) -> Tensor:
+    """Losses [steps]; every rank must report the same."""
+    losses = torch.tensor([result.losses for result in results], dtype=torch.float64)
+    assert (losses == losses[0]).all(), "ranks report different losses"
+    return losses[0]
