@@ -21,7 +21,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Batch",
-    "Batch",
     "ConfigurationError",
     "DeadlockError",
     "DeepSeekV3",
@@ -38,7 +37,6 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "Batch": "interface",
     "Batch": "interface",
     "ConfigurationError": "errors",
     "DeadlockError": "errors",

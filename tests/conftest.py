@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.leaks import SESSION, Leaks
+from tests.leaks import SESSION_ID, SESSION_NAME, Leaks
 
 ROOT = Path(__file__).parent.parent
 
 
 def pytest_configure() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks share the cores; results depend on no thread count
-    os.environ.update([SESSION.split("=")])
+    os.environ[SESSION_NAME] = SESSION_ID
     # Tests leave this folder, and start programs elsewhere, which must find the package all the same.
     if "PYTHONPATH" in os.environ:
         paths = os.environ["PYTHONPATH"].split(os.pathsep)

@@ -23,7 +23,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-SESSION = f"DUALPIPE_TESTS={uuid.uuid4()}"  # inherited by every descendant, even one whose parent is gone
+# An environment variable that every descendant inherits, even one whose parent is gone.
+SESSION_NAME, SESSION_ID = "DUALPIPE_TESTS", str(uuid.uuid4())
 # Lightning and torch announce a run to their children in these; ours to put back, no test's fault.
 SET_BY_RUNS = {
     *("GROUP_RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "RANK", "WORLD_SIZE"),
@@ -99,7 +100,9 @@ class Leaks:
         def new() -> list[threading.Thread]:
             # A dummy is a thread of torch's that once ran Python; tqdm keeps one monitor for good.
             kinds = {"_DummyThread", "TMonitor"}
-            return [thread for thread in set(threading.enumerate()) - self.threads if type(thread).__name__ not in kinds]
+            return [
+                thread for thread in set(threading.enumerate()) - self.threads if type(thread).__name__ not in kinds
+            ]
 
         yield from (f"thread runs: {thread}" for thread in _gone_within(2, new))
 
@@ -135,11 +138,10 @@ def _process_ids() -> set[int]:
 
 def _ours(pids: set[int]) -> Iterable[int]:
     """Those this test session started, whoever their parent is by now; not the ended, which have no environment."""
-    meant_to_stay = {
-        multiprocessing.forkserver._forkserver._forkserver_pid,
-        multiprocessing.resource_tracker._resource_tracker._pid,
-    }
-    return [pid for pid in pids - meant_to_stay if SESSION.encode() in _read(pid, "environ")]
+    # Neither has a public name; both exist once the first rank was forked.
+    server, tracker = multiprocessing.forkserver._forkserver, multiprocessing.resource_tracker._resource_tracker
+    meant_to_stay = {getattr(server, "_forkserver_pid", None), getattr(tracker, "_pid", None)}
+    return [pid for pid in pids - meant_to_stay if f"{SESSION_NAME}={SESSION_ID}".encode() in _read(pid, "environ")]
 
 
 def _read(pid: int, name: str) -> bytes:

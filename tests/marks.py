@@ -1,7 +1,9 @@
-"""What a test needs beyond a CPU, said in one line above it; the reason shows when it is skipped.
+"""What a test needs beyond a CPU, said in a line above it:
 
     @needs_cuda
     @needs("transformers")
+
+Where it is not there, the test is skipped and this is the reason shown.
 """
 
 from importlib.util import find_spec

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,9 +24,13 @@ import torch
 after_torch = [name for name in sys.modules if name.partition(".")[0] in ("lightning", "lightning_dualpipe")]
 import lightning as L
 from lightning.pytorch import strategies
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringModel
 after_lightning = [name for name in sys.modules if name.startswith("lightning_dualpipe")]
+
+cli = LightningCLI(BoringModel, run=False, args=["--config", "train.yaml"])
 flags = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
-trainers = [L.Trainer(strategy=name, **flags) for name in ("dualpipe", "dualpipev", "DualPipe")]
+trainers = [cli.trainer, *(L.Trainer(strategy=name, **flags) for name in ("dualpipe", "dualpipev", "DualPipe"))]
 print(json.dumps({
     "after torch": after_torch,
     "after lightning": after_lightning,
@@ -34,14 +39,6 @@ print(json.dumps({
     "loader": type(strategies.__spec__.loader).__name__,
     "trainers": [[type(t.strategy).__name__, t.strategy.schedule] for t in trainers],
 }))
-"""
-STOCK_CLI = """
-import json, sys
-from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.demos.boring_classes import BoringModel
-assert "lightning_dualpipe.strategy" not in sys.modules
-cli = LightningCLI(BoringModel, run=False, args=["--config", "train.yaml"])
-print(json.dumps([type(cli.trainer.strategy).__name__, cli.trainer.strategy.schedule]))
 """
 SWITCHED_OFF = """
 import json, sys
@@ -78,39 +75,47 @@ def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def answers(program: str, site: Path, **environment: str) -> object:
+def answers(program: str, site: Path, folder: Path | None = None, **environment: str) -> Any:
     inherited = {name: value for name, value in os.environ.items() if name != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
     run = subprocess.run(
         [sys.executable, "-c", program],
+        cwd=folder,
         env={**inherited, "PYTHONPATH": str(site), **environment},
-        stdout=subprocess.PIPE,
+        capture_output=True,
+        text=True,
         timeout=120,
-        check=True,
     )
+    assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def test_a_program_that_imports_only_lightning_knows_the_names(site):
-    found = answers(ONLY_LIGHTNING, site)
+@pytest.fixture(scope="module")
+def found(site: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What ONLY_LIGHTNING answers."""
+    folder = tmp_path_factory.mktemp("program")
+    flags = "strategy: dualpipev, accelerator: cpu, devices: 1, logger: false, enable_checkpointing: false"
+    (folder / "train.yaml").write_text(f"trainer: {{{flags}}}\n")
+    return answers(ONLY_LIGHTNING, site, folder=folder)
 
-    assert found["trainers"] == [
+
+def test_a_program_that_imports_only_lightning_knows_the_names(found, site):
+    assert found["home"].startswith(str(site))  # the wheel's, not this tree's
+    assert {"dualpipe", "dualpipev", "ddp", "fsdp"} <= set(found["names"])  # beside the others
+    assert found["trainers"][1:] == [
         ["DualPipeStrategy", "dualpipe"],
         ["DualPipeStrategy", "dualpipev"],
         ["DualPipeStrategy", "dualpipe"],  # Lightning lowers the name
     ]
-    assert {"dualpipe", "dualpipev", "ddp", "fsdp"} <= set(found["names"])  # beside the others
-    assert found["home"].startswith(str(site))
-    # Importing torch brought in two small modules and no Lightning; importing Lightning, nothing more of ours.
+
+
+def test_a_stock_lightning_cli_takes_the_flag_from_yaml(found):
+    assert found["trainers"][0] == ["DualPipeStrategy", "dualpipev"]
+
+
+def test_importing_torch_and_lightning_brings_in_two_small_modules_and_leaves_no_trace(found):
     assert sorted(found["after torch"]) == ["lightning_dualpipe", "lightning_dualpipe._autoload"]
     assert sorted(found["after lightning"]) == sorted(found["after torch"])
-    assert found["loader"] == "SourceFileLoader"  # nobody can tell that the import was watched
-
-
-def test_a_stock_lightning_cli_takes_the_flag_from_yaml(site):
-    quiet = "accelerator: cpu, devices: 1, logger: false, enable_checkpointing: false"
-    Path("train.yaml").write_text(f"trainer: {{strategy: dualpipev, {quiet}}}\n")
-
-    assert answers(STOCK_CLI, site) == ["DualPipeStrategy", "dualpipev"]
+    assert found["loader"] == "SourceFileLoader"
 
 
 def test_with_autoload_switched_off_lightning_does_not_know_the_name_until_the_package_is_imported(site):
@@ -144,7 +149,9 @@ def stand_in(tmp_path, monkeypatch):
     """A module that the hook takes for lightning.pytorch.strategies; gives a way to write and import it."""
     name = "stand_in_for_strategies"
     monkeypatch.setattr(_autoload, "LIGHTNING", name)
-    monkeypatch.setattr(sys, "meta_path", [finder for finder in sys.meta_path if "_autoload" not in type(finder).__module__])
+    monkeypatch.setattr(
+        sys, "meta_path", [finder for finder in sys.meta_path if "_autoload" not in type(finder).__module__]
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def load(source: str = REGISTRY):

@@ -14,6 +14,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import lightning_dualpipe
+from tests.test_imports import FILES, PLACES, imports
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -73,6 +74,17 @@ def test_installing_never_replaces_the_torch_one_has():
     (torch,) = (Requirement(line) for line in PROJECT["dependencies"] if line.startswith("torch>"))
     assert {part.operator for part in torch.specifier} == {">="}
     assert all(Version(version) in torch.specifier for version in ("2.11.0+cu130", "2.13.0+cpu", "3.0.0"))
+
+
+def test_every_library_that_is_imported_is_asked_for():
+    """Not left to come with another one, which may stop asking for it."""
+    by_hand = {"deep_ep"}  # on no package index
+    imported = {found.name for file in FILES for found in imports(file) if not found.for_types}
+    libraries = imported - PLACES.keys() - sys.stdlib_module_names - by_hand
+    declared = {canonicalize_name(requirement.name) for requirement in requirements("draw", "hf", "te")}
+    assert (
+        not {canonicalize_name(name) for name in libraries} - declared - {"yaml"}
+    )  # PyYAML, which jsonargparse is for
 
 
 def requirements(*extras: str) -> list[Requirement]:

@@ -16,9 +16,9 @@ Shapes: B sequences, T positions, D hidden, H heads, and per head N nope, R rope
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_dualpipe.deepseek_v3.causal_attention import causal_attention
 from lightning_dualpipe.deepseek_v3.config import DeepSeekV3Config
 from lightning_dualpipe.deepseek_v3.norm import RMSNorm
 from lightning_dualpipe.deepseek_v3.rope import Rotary, softmax_scale
@@ -57,21 +57,8 @@ class Attention(nn.Module):
 
         q = torch.cat((q_nope_BTHN, self.rotary(q_rope_BTHR)), dim=-1)
         k = torch.cat((kv_BTHC[..., : self.nope], k_rope_BTHR), dim=-1)
-        return self.o_proj(self._attend(q, k, kv_BTHC).flatten(-2))
+        return self.o_proj(causal_attention(q, k, kv_BTHC[..., self.nope :], self.scale).flatten(-2))
 
     def _queries(self, x_BTD: Tensor) -> Tensor:
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD))) if self.compressed_queries else self.q_proj(x_BTD)
         return q.unflatten(-1, (self.num_heads, -1))
-
-    def _attend(self, q: Tensor, k: Tensor, kv_BTHC: Tensor) -> Tensor:
-        """Causal attention [B, T, H, V].
-
-        The fused kernel for CPUs wants values as wide as queries. It gets a window of that width that
-        ends where the values end; what it makes of the surplus columns is dropped.
-        """
-        surplus = q.shape[-1] - self.value
-        window = surplus if q.device.type == "cpu" and 0 <= surplus <= self.nope else 0
-        v = kv_BTHC[..., self.nope - window :]
-        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
-        return y.transpose(1, 2)[..., window:]

@@ -11,7 +11,7 @@ Where they contradict each other, the order is that of transformers: ``rope_scal
 ``rope_parameters``, an inner ``rope_theta`` before an outer one.
 
 What the file says is taken, also where training used other values than the file's: published files
-say ``initializer_range`` 0.02 and some ``aux_loss_alpha`` 0.001, the technical report (sections 4.2)
+say ``initializer_range`` 0.02 and some ``aux_loss_alpha`` 0.001, the technical report (section 4.2)
 0.006 and 0.0001. What the file leaves out is the report's. A setting that would change the numbers
 and that this model cannot follow is refused, never skipped.
 """
@@ -185,9 +185,11 @@ _YARN_DEFAULTS = YarnConfig()
 def _rope_to_hf(yarn: YarnConfig | None) -> dict[str, Any]:
     if yarn is None:
         return {}
-    optional = ("mscale", "mscale_all_dim", "attention_factor")
-    values = {name: value for name, value in asdict(yarn).items() if name not in optional or value is not None}
-    return {"rope_type": "yarn", **values}
+    assumed = {"mscale": None, "mscale_all_dim": None, "attention_factor": None, "truncate": True}  # by every reader
+    return {
+        "rope_type": "yarn",
+        **{name: value for name, value in asdict(yarn).items() if assumed.get(name, ...) != value},
+    }
 
 
 def _with_floats(values: Mapping[str, Any], dataclass: type) -> dict[str, Any]:

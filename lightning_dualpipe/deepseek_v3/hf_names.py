@@ -31,7 +31,17 @@ from lightning_dualpipe.deepseek_v3.config import DeepSeekV3Config
 from lightning_dualpipe.deepseek_v3.experts import Experts
 from lightning_dualpipe.deepseek_v3.model import Transformer
 
-__all__ = ["Part", "copies", "is_router_bias", "key_of", "mtp_projection", "parts_of", "pieces", "shapes_by_key"]
+__all__ = [
+    "Part",
+    "copies",
+    "is_router_bias",
+    "key_of",
+    "mtp_projection",
+    "parts_of",
+    "pieces",
+    "shapes_by_key",
+    "shapes_without_numbers",
+]
 
 _GATE_UP = ".mlp.experts.gate_up_proj"
 _DOWN = ".mlp.experts.down_proj"
@@ -111,3 +121,15 @@ def shapes_by_key(config: DeepSeekV3Config) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"), torch.no_grad():
         model = Transformer(config)
         return {key: tuple(tensor.shape) for part in parts_of(model) for key, tensor in pieces(part, config)}
+
+
+def shapes_without_numbers(config: DeepSeekV3Config) -> dict[str, tuple[int, ...]]:
+    """Shared experts of width 0: the model has none, transformers has them and asks for their keys."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    if not config.n_shared_experts:
+        for layer in range(config.first_k_dense_replace, config.num_hidden_layers + config.num_nextn_predict_layers):
+            folder = f"model.layers.{layer}.mlp.shared_experts"
+            inwards = (f"{folder}.gate_proj.weight", f"{folder}.up_proj.weight")
+            shapes |= dict.fromkeys(inwards, (0, config.hidden_size))
+            shapes[f"{folder}.down_proj.weight"] = (config.hidden_size, 0)
+    return shapes

@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 from lightning_dualpipe.deepseek_v3.config import DeepSeekV3Config
-from lightning_dualpipe.deepseek_v3.hf_names import Part, copies, key_of, mtp_projection, pieces, shapes_by_key
+from lightning_dualpipe.deepseek_v3.hf_names import (
+    Part,
+    copies,
+    key_of,
+    mtp_projection,
+    pieces,
+    shapes_by_key,
+    shapes_without_numbers,
+)
 from lightning_dualpipe.deepseek_v3.safetensors_files import TensorReader, read_json
 from lightning_dualpipe.errors import ConfigurationError
 
@@ -30,6 +38,7 @@ __all__ = ["dequantise", "load_weights", "mtp_layers_held"]
 _PLAIN = ("F64", "F32", "F16", "BF16")
 _FP8 = "F8_E4M3"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_COPIES = (".embed_tokens.weight", ".shared_head.head.weight")
 _ROWS_AT_ONCE = 4096
 
 
@@ -110,20 +119,23 @@ def _unexpected(reader: TensorReader, config: DeepSeekV3Config) -> Iterator[str]
 
 def _needless(key: str, known: Container[str], reader: TensorReader, config: DeepSeekV3Config) -> bool:
     """Whether files may hold ``key`` although no tensor of the model is made of it."""
-    layer = _LAYER.match(key)
-    if layer and int(layer[1]) >= config.num_hidden_layers and mtp_projection(int(layer[1])) in reader:
-        depth = int(layer[1]) - config.num_hidden_layers
-        is_copy = key.endswith((".embed_tokens.weight", ".shared_head.head.weight"))
-        return is_copy or depth >= config.num_nextn_predict_layers or key.removesuffix("_scale_inv") in known
-    return (
+    if (
         key.removesuffix("_scale_inv") in known
         or key.endswith(".rotary_emb.inv_freq")  # written by old versions of transformers
         or (key == "lm_head.weight" and config.tie_word_embeddings)
-    )
+        or shapes_without_numbers(config).get(key) == reader.spec(key)[1]
+    ):
+        return True
+    layer = _LAYER.match(key)
+    depth = int(layer[1]) - config.num_hidden_layers if layer else -1
+    if depth < 0 or mtp_projection(config.num_hidden_layers + depth) not in reader:
+        return False
+    return depth >= config.num_nextn_predict_layers or key.endswith(_COPIES)
 
 
 def _misfits(targets: Mapping[str, list[Tensor]], reader: TensorReader, block: tuple[int, int]) -> Iterator[str]:
-    shapes, dtypes = [], []
+    shapes: list[str] = []
+    dtypes: list[str] = []
     for key in reader.in_file_order(key for key in targets if key in reader):
         dtype, shape = reader.spec(key)
         ours = tuple(targets[key][0].shape)
@@ -168,13 +180,14 @@ def _copies_that_differ(
 
 
 def _equal(first: str, second: str, reader: TensorReader) -> bool:
-    if reader.spec(first)[1] != reader.spec(second)[1]:
+    shape = reader.spec(first)[1]
+    if reader.spec(second)[1] != shape:
         return False
-    rows = reader.spec(first)[1][0]
-    return all(
-        torch.equal(reader.read_rows(first, at, at + _ROWS_AT_ONCE), reader.read_rows(second, at, at + _ROWS_AT_ONCE))
-        for at in range(0, rows, _ROWS_AT_ONCE)
-    )
+    for start in range(0, shape[0], _ROWS_AT_ONCE):
+        rows, others = (reader.read_rows(key, start, start + _ROWS_AT_ONCE) for key in (first, second))
+        if not torch.equal(rows, others.to(rows.dtype)):
+            return False
+    return True
 
 
 def _read(reader: TensorReader, key: str, block: tuple[int, int]) -> Tensor:

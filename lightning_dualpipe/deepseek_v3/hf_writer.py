@@ -16,7 +16,14 @@ from torch import Tensor
 
 from lightning_dualpipe.deepseek_v3.config import DeepSeekV3Config
 from lightning_dualpipe.deepseek_v3.hf_config import config_to_hf, generation_config
-from lightning_dualpipe.deepseek_v3.hf_names import Part, copies, is_router_bias, pieces, shapes_by_key
+from lightning_dualpipe.deepseek_v3.hf_names import (
+    Part,
+    copies,
+    is_router_bias,
+    pieces,
+    shapes_by_key,
+    shapes_without_numbers,
+)
 from lightning_dualpipe.deepseek_v3.safetensors_files import CONFIG, ShardWriter, size_in_bytes
 from lightning_dualpipe.errors import ConfigurationError
 
@@ -49,6 +56,8 @@ def save_weights(
     with ShardWriter(Path(directory), size_in_bytes(max_shard_size), overwrite=overwrite) as writer:
         for key, tensor in _tensors(parts, config, awaited):
             writer.add(key, tensor, torch.float32 if is_router_bias(key) else getattr(torch, dtype))
+        for key, shape in shapes_without_numbers(config).items():
+            writer.add(key, torch.empty(shape), getattr(torch, dtype))
         if awaited:
             raise ConfigurationError(
                 f"{len(awaited)} tensors are missing from what is to be exported ({', '.join(list(awaited)[:4])}, …); "

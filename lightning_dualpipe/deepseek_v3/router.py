@@ -49,7 +49,8 @@ class Router(nn.Module):
         self.alpha = config.aux_loss_alpha
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
-        self.tokens_per_expert = torch.zeros(config.n_routed_experts, dtype=torch.int64)
+        # no buffer: DDP would overwrite it with another rank's between the batches of an accumulated step
+        self.tokens_per_expert = torch.zeros(config.n_routed_experts, dtype=torch.int64, device="cpu")
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``(weights_NK, experts_NK, balance_B)``; the balance loss as ``balance_loss`` scales it."""
@@ -92,8 +93,6 @@ class Router(nn.Module):
     def _count(self, experts_NK: Tensor) -> None:
         if self.training and torch.is_grad_enabled():
             choices = experts_NK.flatten()
-            if self.tokens_per_expert.device != choices.device:  # the layer was built elsewhere
-                self.tokens_per_expert = torch.zeros(self.num_experts, dtype=torch.int64, device=choices.device)
             self.tokens_per_expert.scatter_add_(0, choices, torch.ones_like(choices))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -103,6 +102,8 @@ class Router(nn.Module):
         moved = self.e_score_correction_bias
         if moved.dtype != torch.float32:
             self.e_score_correction_bias = moved.float() if before.is_meta else before.to(moved.device)
+        if not moved.is_meta:
+            self.tokens_per_expert = self.tokens_per_expert.to(moved.device)
         return self
 
     def extra_repr(self) -> str:

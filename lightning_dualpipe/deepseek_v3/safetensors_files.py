@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -37,7 +37,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; every way in which there is none is a ``ConfigurationError``."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigurationError(f"{path} does not exist; {_what_is(path.parent)}") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigurationError(f"{path} is not readable JSON ({error}); copy it again from where it came") from error
@@ -150,12 +150,14 @@ def _open(path: Path) -> Any:
     try:
         return library.safe_open(path, framework="pt", device="cpu")
     except (library.SafetensorError, OSError) as error:
-        with path.open("rb") as file:
-            pointer = file.read(32).startswith(b"version https://git-lfs")
-        cause = (
-            "it is a Git LFS pointer: run `git lfs pull`" if pointer else "it is truncated or damaged: copy it again"
-        )
-        raise ConfigurationError(f"{path} is not a readable safetensors file ({error}); {cause}") from error
+        cause = "a Git LFS pointer: run `git lfs pull`" if _is_pointer(path) else "truncated or damaged: copy it again"
+        raise ConfigurationError(f"{path} is not a readable safetensors file ({error}); it is {cause}") from error
+
+
+def _is_pointer(path: Path) -> bool:
+    with suppress(OSError), path.open("rb") as file:
+        return file.read(32).startswith(b"version https://git-lfs")
+    return False
 
 
 def _safetensors() -> Any:

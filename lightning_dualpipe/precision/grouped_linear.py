@@ -2,10 +2,11 @@
 
     y[rows of e] = x[rows of e] W_e^T          grad_W_e = g[rows of e]^T x[rows of e]
 
-On CUDA in bfloat16 all experts are one kernel launch (``torch.nn.functional.grouped_mm``) that
-reads the group ends from device memory. Elsewhere it is a loop, which must know the counts on the
-host: for counts that live on a GPU that is one synchronisation. An expert without rows gets a
-gradient of zeros, never none: optimizers and gradient reductions then see it on every rank.
+Where ``torch.nn.functional.grouped_mm`` can, all experts are one call; on CUDA in bfloat16 that is
+one kernel, which reads the ends of the groups from device memory. Elsewhere (float64, odd sizes) it
+is a loop, which must know the counts on the host: if they live on a GPU, that is one
+synchronisation. On the CPU both give the same bits. An expert without rows gets a gradient of
+zeros, never none: optimizers and gradient reductions then see it on every rank.
 
 Shapes: R rows, E experts, I inputs, O outputs.
 """
@@ -32,7 +33,10 @@ __all__ = ["grouped_linear"]
 def grouped_linear(
     x_RI: Tensor, weight_EOI: Tensor, counts: Sequence[int] | Tensor, queue: WeightGradients | None = None
 ) -> Tensor:
-    """``y_RO``: the first ``counts[0]`` rows times ``weight_EOI[0].T``, the next ``counts[1]`` times ..."""
+    """``y_RO``: the first ``counts[0]`` rows times ``weight_EOI[0].T``, the next ``counts[1]`` times ...
+
+    ``counts`` (int64 if a tensor, on any device) add up to R. A tensor on a GPU is not checked for that.
+    """
     assert x_RI.dim() == 2 and weight_EOI.dim() == 3, f"got {tuple(x_RI.shape)} and {tuple(weight_EOI.shape)}"
     assert len(counts) == len(weight_EOI), f"{len(counts)} counts for {len(weight_EOI)} experts"
     y_RO: Tensor = _GroupedLinear.apply(autocast_to(x_RI), weight_EOI, counts, queue)
@@ -45,7 +49,7 @@ class _GroupedLinear(torch.autograd.Function):
         ctx: Any, x_RI: Tensor, weight_EOI: Tensor, counts: Sequence[int] | Tensor, queue: WeightGradients | None
     ) -> Tensor:
         cast_EOI = autocast_to(weight_EOI)
-        groups = _groups(x_RI, cast_EOI, counts)
+        groups = _choose(x_RI, cast_EOI, counts)
         ctx.save_for_backward(x_RI if weight_EOI.requires_grad else None, weight_EOI)
         ctx.parameter = weight_EOI  # the object that owns ``.grad``; a saved tensor may come back as a copy
         ctx.groups, ctx.queue, ctx.cast = groups, queue, cast_EOI.dtype
@@ -65,32 +69,35 @@ class _GroupedLinear(torch.autograd.Function):
         return grad_RI, grad_EOI, None, None
 
 
-def _weight_gradient(groups: _Loop | _Kernel, grad_RO: Tensor, x_RI: Tensor) -> Tensor:
+def _weight_gradient(groups: _Loop | _Grouped, grad_RO: Tensor, x_RI: Tensor) -> Tensor:
     with without_autocast(grad_RO):
         return groups.products(grad_RO, x_RI)
 
 
-def _groups(x_RI: Tensor, weight_EOI: Tensor, counts: Sequence[int] | Tensor) -> _Loop | _Kernel:
-    if _kernel_takes(x_RI, weight_EOI):
-        counts_E = counts if isinstance(counts, Tensor) else torch.tensor(counts)
-        return _Kernel(counts_E.to(x_RI.device).cumsum(0, dtype=torch.int32))
-    sizes = counts.tolist() if isinstance(counts, Tensor) else counts
-    ends = tuple(accumulate(sizes, initial=0))
-    assert ends[-1] == len(x_RI), f"counts add up to {ends[-1]}, there are {len(x_RI)} rows"
-    return _Loop(ends)
+def _choose(x_RI: Tensor, weight_EOI: Tensor, counts: Sequence[int] | Tensor) -> _Loop | _Grouped:
+    if x_RI.is_cuda and isinstance(counts, Tensor) and _grouped_mm_takes(x_RI, weight_EOI):
+        return _Grouped(counts.to(x_RI.device).cumsum(0, dtype=torch.int32))
+    bounds = tuple(accumulate(counts.tolist() if isinstance(counts, Tensor) else counts, initial=0))
+    assert bounds[-1] == len(x_RI), f"counts add up to {bounds[-1]}, there are {len(x_RI)} rows"
+    if _grouped_mm_takes(x_RI, weight_EOI):
+        ends_E = torch.tensor(bounds[1:], dtype=torch.int32)
+        return _Grouped(ends_E.to(x_RI.device, non_blocking=True))
+    return _Loop(bounds)
 
 
-def _kernel_takes(x_RI: Tensor, weight_EOI: Tensor) -> bool:
-    """``grouped_mm`` wants bfloat16, compute capability 8.0 and rows that start at multiples of 16 bytes."""
-    if not x_RI.is_cuda or x_RI.dtype != torch.bfloat16 or weight_EOI.dtype != torch.bfloat16 or len(x_RI) == 0:
+def _grouped_mm_takes(x_RI: Tensor, weight_EOI: Tensor) -> bool:
+    """It wants rows of all operands to start at multiples of 16 bytes. On CUDA only bfloat16 is worth it."""
+    dtypes = (torch.bfloat16,) if x_RI.is_cuda else (torch.bfloat16, torch.float16, torch.float32)
+    fits = x_RI.dtype == weight_EOI.dtype and x_RI.dtype in dtypes and weight_EOI.is_contiguous()
+    sizes = *(size * weight_EOI.itemsize for size in weight_EOI.shape[1:]), weight_EOI.data_ptr()
+    if not fits or len(x_RI) == 0 or any(size % 16 for size in sizes):
         return False
-    aligned = weight_EOI.shape[1] % 8 == 0 and weight_EOI.shape[2] % 8 == 0
-    return aligned and torch.cuda.get_device_capability(x_RI.device) >= (8, 0)
+    return not x_RI.is_cuda or torch.cuda.get_device_capability(x_RI.device) >= (8, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class _Loop:
-    """One matrix multiplication per expert, into one output."""
+    """One matrix multiplication per expert, into one output: the definition."""
 
     bounds: tuple[int, ...]  # 0, end of group 0, end of group 1, ...
 
@@ -108,18 +115,25 @@ class _Loop:
         return out_EAB
 
 
-@dataclass(frozen=True, slots=True)
-class _Kernel:
-    """All experts in one launch. Expanded gradients are refused, hence the copies."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Grouped:
+    """All experts in one call."""
 
-    ends_E: Tensor  # int32, on the device
+    ends_E: Tensor  # int32, on the device of the rows
 
     def rows_times(self, a_RA: Tensor, b_EAB: Tensor) -> Tensor:
-        return F.grouped_mm(a_RA.contiguous(), b_EAB, offs=self.ends_E)
+        return F.grouped_mm(_aligned(a_RA), b_EAB, offs=self.ends_E)
 
     def products(self, a_RA: Tensor, b_RB: Tensor) -> Tensor:
-        out_EAB = F.grouped_mm(a_RA.contiguous().mT, b_RB.contiguous(), offs=self.ends_E)
-        if torch.cuda.get_device_capability(a_RA.device)[0] != 9:  # others leave groups without rows unwritten
-            empty_E = self.ends_E.diff(prepend=self.ends_E.new_zeros(1)) == 0  # (pytorch issue 172439)
+        out_EAB = F.grouped_mm(_aligned(a_RA).mT, _aligned(b_RB), offs=self.ends_E)
+        if out_EAB.is_cuda and torch.cuda.get_device_capability(out_EAB.device)[0] != 9:
+            # Blackwell leaves groups without rows unwritten (pytorch issue 172439); Hopper writes zeros
+            empty_E = self.ends_E.diff(prepend=self.ends_E.new_zeros(1)) == 0
             out_EAB.masked_fill_(empty_E[:, None, None], 0)
         return out_EAB
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Expanded gradients and views that start anywhere are refused by the kernels."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ def now_or_later(parameter: Tensor, queue: WeightGradients | None, compute: Call
     """The gradient of ``parameter`` for autograd, or None if ``compute`` was put into the queue instead."""
     if queue is None or not _can_wait(parameter, queue):
         return compute().to(parameter.dtype)
-    queue.put(lambda: _add_gradient(parameter, compute()))
+    queue.put(partial(_add_gradient, parameter, compute))
     return None
 
 
@@ -33,9 +34,9 @@ def _can_wait(parameter: Tensor, queue: WeightGradients) -> bool:
     return queue.deferring and parameter.is_leaf and not hooks
 
 
-@torch.no_grad()  # runs outside the autograd engine: without this the sum would carry a graph
-def _add_gradient(parameter: Tensor, gradient: Tensor) -> None:
-    gradient = gradient.to(parameter.dtype)
+@torch.no_grad()  # runs outside the autograd engine: without this the gradient would carry a graph
+def _add_gradient(parameter: Tensor, compute: Callable[[], Tensor]) -> None:
+    gradient = compute().to(parameter.dtype)
     if parameter.grad is None:
         parameter.grad = gradient
     else:

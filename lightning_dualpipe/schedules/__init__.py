@@ -1,10 +1,10 @@
 """Pipeline schedules as values: who computes what, in which order; nothing of tensors or processes.
 
-    schedule = build_schedule("dualpipe", num_ranks=4, num_microbatches=8)
-    print(schedule)                                  # every rank's steps, as text
-    print(draw_text(schedule))                       # the same over time
-    simulate(schedule, Costs(overlapped=2)).idle     # the bubble of every rank
-    lower(schedule)                                  # with sends and receives, free of deadlock
+schedule = build_schedule("dualpipe", num_ranks=4, num_microbatches=8)
+print(schedule)                                  # every rank's steps, as text
+print(draw_text(schedule))                       # the same over time
+simulate(schedule, Costs(overlapped=2)).idle     # the bubble of every rank
+lower(schedule)                                  # with sends and receives, free of deadlock
 """
 
 from lightning_dualpipe.schedules.action import Action, Kind, Placement, Schedule, Step, format_step

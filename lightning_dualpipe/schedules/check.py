@@ -66,9 +66,7 @@ def _is_step(step: Step) -> bool:
     return len(kinds) == 1 or kinds == (Kind.FORWARD, Kind.BACKWARD)
 
 
-def _broken_rules(
-    schedule: Schedule, rank: int, action: Action, done: set[Action], due: deque[int]
-) -> Iterator[str]:
+def _broken_rules(schedule: Schedule, rank: int, action: Action, done: set[Action], due: deque[int]) -> Iterator[str]:
     """Rules an action breaks after ``done``. ``due`` are the microbatches whose W its stage owes; a W takes its own."""
     stage, kind, microbatch = action.stage, action.kind, action.microbatch
     if not (0 <= stage < schedule.num_stages and 0 <= microbatch < schedule.num_microbatches):

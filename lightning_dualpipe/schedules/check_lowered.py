@@ -39,7 +39,9 @@ def _exchanges(program: Program) -> Iterator[tuple[int, Exchange]]:
 def _wrong_messages(schedule: Schedule, programs: Sequence[Program]) -> Iterator[str]:
     """Messages missing, doubled, not asked for, or on the wrong rank."""
     sent = [(program.rank, message) for program in programs for _, e in _exchanges(program) for message in e.sends]
-    received = [(program.rank, message) for program in programs for _, e in _exchanges(program) for message in e.receives]
+    received = [
+        (program.rank, message) for program in programs for _, e in _exchanges(program) for message in e.receives
+    ]
     wanted = dict(_wanted(schedule))
     for verb, posted in (("sends", sent), ("receives", received)):
         seen: set[Action] = set()
@@ -92,43 +94,46 @@ def _wrong_orders(schedule: Schedule, programs: Sequence[Program]) -> Iterator[s
     """Pairs of ranks that disagree about the order of their messages, or about which go together."""
     sends: defaultdict[tuple[int, int], list[Message]] = defaultdict(list)
     receives: defaultdict[tuple[int, int], list[Message]] = defaultdict(list)
-    position: dict[tuple[int, Message], int] = {}
+    place: dict[tuple[int, int], int] = {}  # rank and tag of message -> which of its instructions
     for program in programs:
         for index, exchange in _exchanges(program):
             for message in exchange.messages:
-                position[program.rank, message] = index
+                place[program.rank, message.tag] = index
                 channel = (message.source_rank, message.target_rank)
                 (sends if message.source_rank == program.rank else receives)[channel].append(message)
     for (source, target), messages in sends.items():
         for sent, received in zip(messages, receives[source, target], strict=True):
             if sent != received:
                 yield f"rank {source} sends {sent.output} when rank {target} receives {received.output}"
-    partner: dict[tuple[int, int, int], tuple[int, Message]] = {}  # rank, its exchange, other rank -> its exchange
-    for (rank, message), index in position.items():
-        other = message.target_rank if rank == message.source_rank else message.source_rank
-        theirs = position[other, message]
-        known, first = partner.setdefault((rank, index, other), (theirs, message))
-        if known != theirs:
-            yield f"rank {rank} posts {first.output} and {message.output} together, rank {other} does not"
+    for program in programs:
+        for _, exchange in _exchanges(program):
+            partners: dict[int, tuple[int, Message]] = {}  # other rank -> where its end is, and of which message
+            for message in exchange.messages:
+                other = _other_end(message, program.rank)
+                theirs = place[other, message.tag]
+                first, of = partners.setdefault(other, (theirs, message))
+                if first != theirs:
+                    yield f"rank {program.rank} posts {of.output} and {message.output} together, rank {other} does not"
 
 
 def _check_end(schedule: Schedule, programs: Sequence[Program]) -> None:
     """Follow all programs at once, every exchange blocking until the other end of each message is posted."""
     todo = [deque(exchange for _, exchange in _exchanges(program)) for program in programs]
-    posted: set[tuple[int, Message]] = set()
+    posted: set[tuple[int, int]] = set()  # rank and tag of message
 
     def absent(rank: int) -> list[int]:
         """Ranks that have not yet posted their end of the exchange this rank is in."""
-        others = ((m.target_rank if m.source_rank == rank else m.source_rank, m) for m in todo[rank][0].messages)
-        return sorted({other for other, message in others if (other, message) not in posted})
+        others = ((_other_end(message, rank), message.tag) for message in todo[rank][0].messages)
+        return sorted({other for other, tag in others if (other, tag) not in posted})
 
     awake = deque(range(len(programs)))
     while awake:
         rank = awake.popleft()
         while todo[rank]:
             for message in todo[rank][0].messages:
-                posted.add((rank, message))
-                awake.append(message.target_rank if message.source_rank == rank else message.source_rank)
+                if (rank, message.tag) not in posted:
+                    posted.add((rank, message.tag))
+                    awake.append(_other_end(message, rank))
             if absent(rank):
                 break
             todo[rank].popleft()
@@ -139,6 +144,10 @@ def _check_end(schedule: Schedule, programs: Sequence[Program]) -> None:
             if left
         )
         raise DeadlockError(f"lowered schedule {schedule.name} stops before its end:\n" + "\n".join(waits))
+
+
+def _other_end(message: Message, rank: int) -> int:
+    return message.target_rank if rank == message.source_rank else message.source_rank
 
 
 def _excerpt(program: Program, position: int, *, around: int = 3) -> str:

@@ -39,9 +39,7 @@ def dualpipe(num_ranks: int, num_microbatches: int) -> Schedule:
         early, late = (right, left) if rank < mirror else (left, right)
         return _half_program(early, late, above=num_ranks // 2 - 1 - early.stage, turns=turns)
 
-    return schedule_of(
-        "dualpipe", num_microbatches, Placement.bidirectional(num_ranks), map(program, range(num_ranks))
-    )
+    return schedule_of("dualpipe", num_microbatches, Placement.bidirectional(num_ranks), map(program, range(num_ranks)))
 
 
 def dualpipev(num_ranks: int, num_microbatches: int) -> Schedule:

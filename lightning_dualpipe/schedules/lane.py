@@ -48,9 +48,7 @@ def weight_of(backward_input: Step) -> Step:
     return tuple(Action(action.stage, Kind.BACKWARD_WEIGHT, action.microbatch) for action in backward_input)
 
 
-def schedule_of(
-    name: str, num_microbatches: int, placement: Placement, programs: Iterable[Iterable[Step]]
-) -> Schedule:
+def schedule_of(name: str, num_microbatches: int, placement: Placement, programs: Iterable[Iterable[Step]]) -> Schedule:
     """A schedule from one program per rank, empty steps dropped."""
     steps = tuple(tuple(step for step in program if step) for program in programs)
     return Schedule(name, num_microbatches, placement, steps)

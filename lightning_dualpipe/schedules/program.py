@@ -20,7 +20,9 @@ __all__ = ["Compute", "Exchange", "Instruction", "Message", "Program", "format_p
 class Message:
     """The output of a stage on its way to a neighbouring stage on another rank."""
 
-    kind: Literal[Kind.FORWARD, Kind.BACKWARD]  # an activation for the stage after, or an input gradient for the one before
+    kind: Literal[
+        Kind.FORWARD, Kind.BACKWARD
+    ]  # an activation for the stage after, or an input gradient for the one before
     source_stage: int
     target_stage: int
     microbatch: int

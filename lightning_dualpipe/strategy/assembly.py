@@ -225,7 +225,7 @@ class Assembly:
             num_ranks=self._layout.pipeline,
             num_microbatches=num_microbatches,
             device=device,
-            pipeline=groups.pipeline,
+            pipeline=groups.pipeline_broadcast,
             data=groups.data_host if self._layout.expert > 1 else None,
             world=groups.world,
         )

@@ -1,6 +1,8 @@
 """Weights go to Hugging Face directories and come back bit by bit, whole or in parts, or one error says why not."""
 
 import json
+import math
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,11 +20,13 @@ from lightning_dualpipe.deepseek_v3.convert import (
     read_token_ids,
     save_pretrained,
 )
-from lightning_dualpipe.deepseek_v3.hf_names import Part, parts_of
+from lightning_dualpipe.deepseek_v3.hf_names import Part, copies, parts_of, shapes_by_key
 from lightning_dualpipe.deepseek_v3.hf_reader import dequantise, load_weights
 from lightning_dualpipe.deepseek_v3.hf_writer import save_weights
 from lightning_dualpipe.deepseek_v3.model import Transformer
 from lightning_dualpipe.errors import ConfigurationError
+from lightning_dualpipe.interface import as_layers
+from lightning_dualpipe.pipeline.partition import keep_only, materialize
 from tests.marks import needs
 
 pytestmark = needs("safetensors")
@@ -93,6 +97,14 @@ def test_every_key_is_the_one_that_deepseek_publishes(tmp_path):
     assert tensors["model.layers.2.mlp.experts.3.down_proj.weight"].shape == (24, 6)
 
 
+def test_the_released_model_has_as_many_tensors_and_numbers_as_its_files():
+    """46,183 keys of weights, two of them copies; 671,026,419,200 numbers and 11,610,068,224 of prediction."""
+    config = DeepSeekV3Config.from_preset("671b")
+    shapes = shapes_by_key(config)
+    assert len(shapes) + len([*copies("embed_tokens.weight", config), *copies("lm_head.weight", config)]) == 46_183
+    assert sum(math.prod(shape) for shape in shapes.values()) == 671_026_419_200 + 11_610_068_224
+
+
 def test_gate_rows_come_before_up_rows_and_copies_equal_what_they_copy(tmp_path):
     model = new_model(CONFIG)
     save_pretrained(model, tmp_path, dtype="float32")
@@ -143,6 +155,23 @@ def test_one_rank_reads_its_own_layers_and_experts(tmp_path):
     assert all(torch.equal(part.tensor, others[part.name]) for part in parts_of(rank) if part.name in others)
 
 
+def test_a_model_cut_for_a_pipeline_reads_what_is_left_of_it(tmp_path):
+    model = new_model(CONFIG)
+    save_pretrained(model, tmp_path, dtype="float32", max_shard_size=3000)
+    with torch.device("meta"):
+        stage = Transformer(CONFIG)
+    layers = as_layers(stage.layers())
+    keep_only(stage, layers[3:], layers)
+    materialize(stage, torch.device("cpu"))
+    load_pretrained(stage, tmp_path)
+
+    expected = {part.name: part.tensor for part in parts_of(model)}
+    held = {part.name: part.tensor for part in parts_of(stage)}
+    assert {name.split(".")[0] for name in held} == {"embed_tokens", "layers", "norm", "mtp", "lm_head"}
+    assert not any(name.startswith(("layers.0.", "layers.1.")) for name in held)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in held.items())
+
+
 def test_parts_may_come_in_any_order_and_experts_a_few_at_a_time(tmp_path):
     model = new_model(CONFIG)
     halves: list[Part] = []
@@ -153,23 +182,20 @@ def test_parts_may_come_in_any_order_and_experts_a_few_at_a_time(tmp_path):
     assert_equal(reloaded(tmp_path), model)
 
 
-def test_writing_holds_one_shard_in_memory(tmp_path):
-    """The parts are made one after the other; what the writer keeps of them is at most a shard's worth."""
-    model, alive, largest = new_model(CONFIG), 0, 0
+def test_writing_holds_at_most_one_shard_in_memory(tmp_path):
+    """What was handed over is on disk, a shard's worth apart."""
+    handed_over, waiting = 0, []
 
-    def one_by_one() -> Iterator[Part]:
-        nonlocal largest
-        for part in parts_of(model):
+    def parts() -> Iterator[Part]:
+        nonlocal handed_over
+        for part in parts_of(new_model(replace(CONFIG, num_nextn_predict_layers=0))):
             yield part
-            held = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
-            largest = max(largest, alive - held)
+            handed_over += part.tensor.numel() * 4
+            waiting.append(handed_over - total_size(tmp_path / ".incomplete"))
 
-    class Counted(Part):
-        pass
-
-    for part in parts_of(model):
-        alive += part.tensor.numel() * 4
-    save_weights(one_by_one(), CONFIG, tmp_path, dtype="float32", max_shard_size=4000)
+    config = replace(CONFIG, num_nextn_predict_layers=0)
+    save_weights(parts(), config, tmp_path, dtype="float32", max_shard_size=5000)
+    assert handed_over > 40000 and 2000 < max(waiting) <= 5000
 
 
 def test_multi_token_prediction_declared_but_absent_is_none(tmp_path):
@@ -265,8 +291,11 @@ EMBEDDING = torch.zeros(37, 24)
     ("change", "words"),
     [
         (lambda tensors: tensors.pop(O_PROJ), f"1 tensor missing from the files: {O_PROJ}"),
-        (lambda tensors: tensors.clear(), r"101 tensors missing from the files: .*, and 97 more"),
-        (put("model.layers.0.self_attn.z.weight", torch.ones(1)), "not in the model: model.layers.0.self_attn.z.weight"),
+        (lambda tensors: tensors.clear(), r"97 tensors missing from the files: .*, and 93 more"),
+        (
+            put("model.layers.0.self_attn.z.weight", torch.ones(1)),
+            "not in the model: model.layers.0.self_attn.z.weight",
+        ),
         (put("model.layers.7.input_layernorm.weight", torch.ones(24)), "not in the model: model.layers.7"),
         (put("model.layers.1.mlp.experts.4.gate_proj.weight", torch.ones(6, 24)), "experts.4.gate_proj"),
         (put(O_PROJ, torch.ones(24, 11)), r"o_proj.weight is \[24, 11\] in the files and \[24, 12\] in the model"),
@@ -279,6 +308,7 @@ EMBEDDING = torch.zeros(37, 24)
             ),
             r"_scale_inv is \[2, 1\], blocks of \[128, 128\] need \[1, 1\]",
         ),
+        (put("model.layers.3.mlp.z", torch.ones(1)), "not in the model: model.layers.3.mlp.z"),
         (put("model.layers.3.embed_tokens.weight", EMBEDDING), "layers.3.embed_tokens.weight differs from"),
         (put("model.layers.3.shared_head.head.weight", EMBEDDING), "shared_head.head.weight differs from lm_head"),
     ],
@@ -313,7 +343,9 @@ def truncate(path: Path) -> None:
         (lambda path: (path / "model-00001-of-00003.safetensors").write_bytes(b"not one"), "truncated or damaged"),
         (lambda path: (path / "model-00001-of-00003.safetensors").write_bytes(b""), "truncated or damaged"),
         (
-            lambda path: (path / "model-00001-of-00003.safetensors").write_text("version https://git-lfs.github.com/spec/v1"),
+            lambda path: (path / "model-00001-of-00003.safetensors").write_text(
+                "version https://git-lfs.github.com/spec/v1"
+            ),
             "git lfs pull",
         ),
         (lambda path: (path / "model-00002-of-00003.safetensors").unlink(), "model-00002.* absent"),
@@ -327,7 +359,7 @@ def truncate(path: Path) -> None:
     ],
 )
 def test_damaged_directories_are_one_clear_error(damage, words, tmp_path):
-    save_pretrained(new_model(CONFIG), tmp_path, dtype="float32", max_shard_size=25000)
+    save_pretrained(new_model(CONFIG), tmp_path, dtype="float32", max_shard_size=34000)
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
     damage(tmp_path)
     model = Transformer(CONFIG, seed=9)
@@ -338,11 +370,14 @@ def test_damaged_directories_are_one_clear_error(damage, words, tmp_path):
 
 @pytest.mark.parametrize(
     ("file", "words"),
-    [("../model.safetensors", "must lie in the directory itself"), ("model-00001-of-00003.safetensors", "does not hold")],
+    [
+        ("../model.safetensors", "must lie in the directory itself"),
+        ("model-00001-of-00003.safetensors", "does not hold"),
+    ],
 )
 def test_an_index_that_points_elsewhere_is_refused(file, words, tmp_path):
     folder = tmp_path / "model"
-    save_pretrained(new_model(CONFIG), folder, dtype="float32", max_shard_size=25000)
+    save_pretrained(new_model(CONFIG), folder, dtype="float32", max_shard_size=34000)
     index = folder / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     content["weight_map"]["model.norm.weight"] = file
@@ -403,6 +438,26 @@ def test_an_interrupted_export_leaves_the_old_model_or_none(tmp_path):
             save_weights(interrupted(), CONFIG, tmp_path / folder, max_shard_size=2000, overwrite=True)
     assert_equal(reloaded(tmp_path / "old"), model)
     assert not list((tmp_path / "new").iterdir())
+
+
+@pytest.mark.parametrize("files_in_place", range(6))  # of 3 shards, index, generation_config.json, config.json
+def test_an_export_that_fails_while_it_replaces_a_model_leaves_none_rather_than_a_mixture(
+    files_in_place, tmp_path, monkeypatch
+):
+    model, replace_file, left = new_model(CONFIG), os.replace, iter(range(files_in_place))
+
+    def replace_some(source: Path, target: Path) -> None:
+        if next(left, None) is None:
+            raise OSError("the disk is full")
+        replace_file(source, target)
+
+    save_pretrained(model, tmp_path, max_shard_size=17000)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", replace_some)
+        with pytest.raises(OSError, match="the disk is full"):
+            save_pretrained(model, tmp_path, dtype="float32", max_shard_size=34000, overwrite=True)
+    with pytest.raises(ConfigurationError, match=r"config\.json does not exist"):
+        reloaded(tmp_path)
 
 
 def test_a_killed_export_is_no_model_and_no_obstacle(tmp_path):

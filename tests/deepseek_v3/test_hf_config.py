@@ -149,7 +149,10 @@ def test_prediction_depth_is_read_under_either_name_and_is_0_when_not_declared()
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "'llama3'"),
         ({"rope_scaling": [1]}, r"rope_scaling=\[1\]"),
         ({"rope_scaling": {"type": "yarn", "factor": "x"}}, "factor='x'"),
-        ({"rope_scaling": {"type": "yarn", "original_max_position_embeddings": "x"}}, "original_max_position_embeddings"),
+        (
+            {"rope_scaling": {"type": "yarn", "original_max_position_embeddings": "x"}},
+            "original_max_position_embeddings",
+        ),
         ({"max_position_embeddings": "long"}, "max_position_embeddings='long'"),
         ({"rope_theta": "10000"}, "rope_theta='10000'"),
         ({"num_nextn_predict_layers": "one"}, "num_nextn_predict_layers='one'"),
@@ -255,7 +258,9 @@ def test_transformers_reads_an_exported_configuration_and_writes_it_back_for_us(
 def test_transformers_defaults_for_settings_a_file_may_leave_out_are_ours():
     from transformers import DeepseekV3Config
 
-    optional = ("n_shared_experts", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor",
-                "first_k_dense_replace", "attention_bias", "rms_norm_eps", "rope_interleave", "tie_word_embeddings")  # fmt: skip
+    optional = {
+        *("n_shared_experts", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor", "rms_norm_eps"),
+        *("first_k_dense_replace", "attention_bias", "rope_interleave", "tie_word_embeddings"),
+    }
     for name in optional:
         assert getattr(DeepseekV3Config(), name) == getattr(DeepSeekV3Config(), name), name

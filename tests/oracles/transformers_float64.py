@@ -30,7 +30,10 @@ class _Torch64:
 
 @contextmanager
 def in_float64() -> Iterator[None]:
-    with patch.object(modeling_deepseek_v3, "torch", _Torch64()), patch.object(modeling_rope_utils, "torch", _Torch64()):
+    with (
+        patch.object(modeling_deepseek_v3, "torch", _Torch64()),
+        patch.object(modeling_rope_utils, "torch", _Torch64()),
+    ):
         yield
 
 
@@ -46,7 +49,7 @@ def new_reference(**settings: Any) -> DeepseekV3ForCausalLM:
             if name.endswith("norm.weight"):
                 tensor.normal_(1, 0.2)
             else:
-                tensor.normal_(0, 0.3 if name.endswith("bias") else 1.5 * tensor.shape[-1] ** -0.5)
+                tensor.normal_(0, 0.3 if name.endswith("bias") else 1.5 * max(tensor.shape[-1], 1) ** -0.5)
             tensor.copy_(tensor.float())  # e_score_correction_bias is kept in float32 files
     return model
 

@@ -115,7 +115,9 @@ def test_all_to_all_gives_the_bits_of_one_rank_with_all_tokens(across, size, ind
     """Also the experts' gradients: an expert meets its rows in the order of (rank, token), as one rank would."""
     case = CASES[size][index]
     want = layer(LocalDispatcher(case.num_experts), case, *case.draw())
-    for name, mine, whole in zip(("y", "x", "weights", "experts"), zip(*across[size][index], strict=True), want, strict=True):
+    for name, mine, whole in zip(
+        ("y", "x", "weights", "experts"), zip(*across[size][index], strict=True), want, strict=True
+    ):
         if whole is None:
             assert all(part is None for part in mine), name
         else:
@@ -197,7 +199,7 @@ def test_a_rank_that_needs_no_gradient_helps_those_that_do():
 def _drops_the_graph(rank):
     dispatcher = AllToAllDispatcher(2, dist.group.WORLD)
     x = torch.ones(1, 4, requires_grad=True)
-    x_RD, _, routing = dispatcher.dispatch(x, torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int64))
+    _, _, routing = dispatcher.dispatch(x, torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int64))
     if rank == 1:
         with pytest.raises(AssertionError, match="must keep their output in the graph"):
             dispatcher.combine(torch.empty(0, 4), routing)

@@ -46,7 +46,11 @@ def test_groups_partition_the_world_and_meet_in_one_rank(world, pipeline, expert
 @pytest.mark.parametrize(
     ("layout", "num_experts", "says"),
     [
-        (ParallelLayout(8, pipeline=3), None, ["pipeline_parallel_size=3 does not divide the 8 processes", "1, 2, 4, 8"]),
+        (
+            ParallelLayout(8, pipeline=3),
+            None,
+            ["pipeline_parallel_size=3 does not divide the 8 processes", "1, 2, 4, 8"],
+        ),
         (ParallelLayout(8, pipeline=16), None, ["pipeline_parallel_size=16 does not divide", "multiple of 16"]),
         (ParallelLayout(8, pipeline=2, expert=3), None, ["does not divide the 4 data ranks", "use one of 1, 2, 4"]),
         (ParallelLayout(4, expert=4), 6, ["does not divide the model's 6 routed experts", "use one of 1, 2, 3, 6"]),

@@ -15,10 +15,10 @@ def oracle(x_RI, weight_EOI, counts):
     return torch.stack(rows) if rows else x_RI.new_zeros(0, weight_EOI.shape[1]) + 0 * weight_EOI.sum() + 0 * x_RI.sum()
 
 
-def run(function, counts, dtype, *, form=list, amp=False):
+def run(function, counts, dtype, *, sizes=(6, 5), form=list, amp=False):
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(sum(counts), 5, generator=generator, dtype=dtype).requires_grad_()
-    weight = torch.randn(len(counts), 6, 5, generator=generator, dtype=dtype).requires_grad_()
+    x = torch.randn(sum(counts), sizes[1], generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(len(counts), *sizes, generator=generator).to(dtype).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=amp):
         y = function(x, weight, form(counts))
     y.backward(torch.randn(y.shape, generator=generator).to(y.dtype))
@@ -49,22 +49,40 @@ def test_values_and_gradients_are_those_of_single_rows(function, form, counts):
 
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
-@pytest.mark.parametrize(("dtype", "amp"), [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)])
-def test_each_expert_gets_the_bits_of_a_linear_layer(counts, dtype, amp):
+@pytest.mark.parametrize("sizes", [(6, 5), (24, 16)], ids=["loop", "one call"])
+@pytest.mark.parametrize(
+    ("dtype", "amp"), [(torch.float32, False), (torch.bfloat16, False), (torch.float16, False), (torch.float32, True)]
+)
+def test_each_expert_gets_the_bits_of_a_linear_layer(counts, sizes, dtype, amp):
     def linears(x, weight, counts):
         parts = x.split(counts)
         return torch.cat([F.linear(part, each) for part, each in zip(parts, weight, strict=True)])
 
     for function in (grouped_linear, deferred):
         for got, want in zip(
-            run(function, counts, dtype, amp=amp), run(linears, counts, dtype, amp=amp), strict=True
+            run(function, counts, dtype, sizes=sizes, amp=amp),
+            run(linears, counts, dtype, sizes=sizes, amp=amp),
+            strict=True,
         ):
             assert got.dtype == want.dtype and torch.equal(got, want)
 
 
-def test_experts_without_rows_get_zeros():
-    _, _, grad = run(grouped_linear, [0, 7, 0], torch.float32)
+@pytest.mark.parametrize("sizes", [(6, 5), (24, 16)], ids=["loop", "one call"])
+def test_experts_without_rows_get_zeros(sizes):
+    _, _, grad = run(grouped_linear, [0, 7, 0], torch.float32, sizes=sizes)
     assert not grad[0].any() and grad[1].any() and not grad[2].any()
+
+
+def test_rows_gradients_and_weights_may_lie_anywhere_in_memory():
+    counts, dense = [3, 0, 5], torch.randn(9, 16)
+    weight = torch.randn(3 * 8 * 16 + 1)[1:].view(3, 8, 16)
+    for x in (dense[1:], dense.flatten()[1:129].view(8, 16), torch.randn(16, 8).T, torch.randn(1, 16).expand(8, 16)):
+        x, w = x.detach().requires_grad_(), weight.detach().requires_grad_()
+        y = grouped_linear(x, w, counts)
+        y.sum().backward()  # an expanded gradient
+        want = torch.cat([part @ each.T for part, each in zip(x.split(counts), w, strict=True)])
+        torch.testing.assert_close(y, want)
+        torch.testing.assert_close(w.grad[2], x[3:].sum(0).expand(8, 16))
 
 
 def test_rows_without_gradient_and_frozen_experts():

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize, prune, spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 from lightning_dualpipe.interface import WeightGradients
@@ -177,11 +178,11 @@ class Doubled(nn.Module):
 
 def odd_linears():
     """Layers that are nn.Linear, or nearly, and must be left alone."""
-    pruned, normed, replaced, parametrized = (nn.Linear(4, 4) for _ in range(4))
-    nn.utils.prune.l1_unstructured(pruned, "weight", amount=0.5)
-    normed = torch.nn.utils.spectral_norm(normed)
+    pruned, replaced, parametrized = (nn.Linear(4, 4) for _ in range(3))
+    prune.l1_unstructured(pruned, "weight", amount=0.5)
+    normed = spectral_norm(nn.Linear(4, 4))
     replaced.forward = lambda x: x
-    nn.utils.parametrize.register_parametrization(parametrized, "weight", Doubled())
+    parametrize.register_parametrization(parametrized, "weight", Doubled())
     return nn.Sequential(Scaled(4, 4), pruned, normed, replaced, parametrized).double().eval()
 
 

@@ -17,7 +17,6 @@ from lightning_dualpipe import DeepSeekV3, DualPipeStrategy, TextDataModule
 from lightning_dualpipe.interface import ReplicaAware
 from tests.ranks import run_ranks
 
-GLOBAL_BATCH = 8
 SHAPE = {
     "vocab_size": 264,
     "hidden_size": 32,
@@ -53,6 +52,7 @@ class Run:
     clip: float | None = 1.0
     model: str = "deepseek_v3"
     corpus: str = ""
+    global_batch: int = 8
     trainer: Mapping[str, Any] = field(default_factory=dict)
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
@@ -60,7 +60,7 @@ class Run:
     def batch_size(self) -> int:
         """Sequences per data rank, so that all runs read the same global batches."""
         pipeline = 1 if self.strategy is None else self.strategy["pipeline_parallel_size"]
-        return GLOBAL_BATCH // (self.world // pipeline)
+        return self.global_batch // (self.world // pipeline)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,40 @@
+"""Loss over optimizer steps, as a picture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_dualpipe.errors import MissingPackageError
+
+__all__ = ["Curve", "draw_losses"]
+
+Curve = Sequence[tuple[int, float]]
+"""(optimizer steps so far, loss)"""
+
+
+def draw_losses(train: Curve, validation: Curve, path: Path) -> Path:
+    """Write both curves to ``path``, in the format of its suffix; either may be empty.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingPackageError(
+            'pictures need matplotlib: pip install "lightning-dualpipe[draw]"; the numbers are in the metrics log'
+        ) from error
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    if train:
+        axes.plot(*zip(*train, strict=True), color="#7d9fd3", linewidth=1.2, label="training")
+    if validation:
+        axes.plot(*zip(*validation, strict=True), color="#2b2b2b", marker="o", markersize=4, label="validation")
+        step, loss = validation[-1]
+        axes.annotate(f"{loss:.3f}", (step, loss), xytext=(0, 8), textcoords="offset points", ha="right")
+    axes.set(xlabel="optimizer steps", ylabel="loss, nats per token", xlim=(0, None))
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    if train or validation:
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    return path

@@ -1,0 +1,97 @@
+"""The command ``lightning-dualpipe``.
+
+    fit validate test predict     the Trainer's methods, as a LightningCLI           cli.training
+    draw                          a schedule over time, as text or as a picture      cli.drawing
+
+This file only finds out what was asked for: ``--help`` and ``draw`` need neither torch nor lightning,
+whose import takes seconds. It is also where a run ends that cannot work: a ConfigurationError was
+written for the person at the keyboard, who has no use for a traceback of this library.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from lightning_dualpipe import __version__
+from lightning_dualpipe.errors import ConfigurationError, MissingPackageError
+
+__all__ = ["main"]
+
+_TRAINER_COMMANDS = {
+    "fit": "train a model",
+    "validate": "one pass over the validation data",
+    "test": "one pass over the test data",
+    "predict": "run the model on data without labels",
+}
+_COMMANDS = {**_TRAINER_COMMANDS, "draw": "show a pipeline schedule as text, or write it as .png, .svg or .pdf"}
+
+_HELP = """\
+usage: lightning-dualpipe [--help] [--version] COMMAND [OPTION ...]
+
+Train DeepSeek-V3 and its like with pipeline and expert parallelism.
+
+commands:
+{commands}
+
+examples:
+  lightning-dualpipe fit --config examples/quickstart.yaml
+  lightning-dualpipe fit --config examples/quickstart.yaml --trainer.max_steps 100 --model.preset small
+  lightning-dualpipe validate --config examples/quickstart.yaml --ckpt_path last.ckpt
+  lightning-dualpipe draw --schedule dualpipe --ranks 4 --microbatches 8 --output schedule.svg
+
+'lightning-dualpipe COMMAND --help' lists the options of a command.
+"""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit code: 2 where the request cannot work. ``args`` as in ``sys.argv[1:]``."""
+    given = list(sys.argv[1:] if args is None else args)
+    first = given[0] if given else "--help"
+    try:
+        if first in ("-h", "--help"):
+            sys.stdout.write(_HELP.format(commands=_listed(_COMMANDS)))
+        elif first == "--version":
+            sys.stdout.write(f"lightning-dualpipe {__version__}\n")
+        elif first == "draw":
+            from lightning_dualpipe.cli.drawing import draw
+
+            draw(given[1:])
+        elif first in _TRAINER_COMMANDS or first.startswith("-"):
+            from lightning_dualpipe.cli.training import train
+
+            train(None if args is None else given)
+        else:
+            raise ConfigurationError(_unknown(first))
+    except (ConfigurationError, MissingPackageError) as error:
+        _explain(error)
+        return 2
+    return 0
+
+
+def _listed(commands: dict[str, str]) -> str:
+    return "\n".join(f"  {name:10}{what}" for name, what in commands.items())
+
+
+def _unknown(command: str) -> str:
+    near = get_close_matches(command, _COMMANDS, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"commands are {', '.join(_COMMANDS)}"
+    return f"there is no command {command!r}; {hint}"
+
+
+def _explain(error: Exception) -> None:
+    if not _told_by_launcher():
+        lines = [str(error), *getattr(error, "__notes__", ())]
+        sys.stderr.write("lightning-dualpipe: error: " + "\n".join(lines) + "\n")
+
+
+def _told_by_launcher() -> bool:
+    """Whether the ranks were started by this package and this one's failure lies before the process that started
+    them: it prints the first cause once, when all are gone."""
+    if "lightning_dualpipe.strategy.failures" not in sys.modules:  # so no strategy has failed
+        return False
+    from lightning_dualpipe.strategy.failures import FOLDER_VARIABLE
+
+    folder = os.environ.get(FOLDER_VARIABLE)
+    return folder is not None and (Path(folder) / f"rank-{os.environ.get('LOCAL_RANK', 0)}.json").exists()
