@@ -81,7 +81,7 @@ class TrainingLoader:
         self.batches = batches
         self._reader = reader
         self._rank = rank
-        self._steps_finished = steps_finished or self._steps_read
+        self._count_finished = steps_finished
         self._repeat = repeat
         self._begin(start)
 
@@ -91,8 +91,8 @@ class TrainingLoader:
         self._stream: Iterator[TokenBatch] | None = None
         self._finished_before = self._steps_finished()
 
-    def _steps_read(self) -> int:
-        return self._read
+    def _steps_finished(self) -> int:
+        return self._read if self._count_finished is None else self._count_finished()
 
     def __len__(self) -> int:
         """Steps of an epoch: those of one pass from the very beginning, so that all epochs are equally long.

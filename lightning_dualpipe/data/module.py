@@ -210,6 +210,9 @@ class TextDataModule(LightningDataModule):
         if self._loader is not None:
             self._loader.close()
 
+    def on_exception(self, exception: BaseException) -> None:
+        self.teardown()  # which Lightning does not call then
+
     # ---- the place in the stream --------------------------------------------------------------
 
     def _consumed_samples(self) -> int:

@@ -52,12 +52,13 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         latent_BTC, shared_key_BTR = self.kv_a_proj_with_mqa(x_BTD).split([self.kv_rank, self.rope], dim=-1)
         kv_BTHC = self.kv_b_proj(self.kv_a_layernorm(latent_BTC)).unflatten(-1, (self.num_heads, -1))
+        k_nope_BTHN, v_BTHV = kv_BTHC.split([self.nope, self.value], dim=-1)
         q_nope_BTHN, q_rope_BTHR = self._queries(x_BTD).split([self.nope, self.rope], dim=-1)
         k_rope_BTHR = self.rotary(shared_key_BTR.unsqueeze(-2)).expand_as(q_rope_BTHR)
 
         q = torch.cat((q_nope_BTHN, self.rotary(q_rope_BTHR)), dim=-1)
-        k = torch.cat((kv_BTHC[..., : self.nope], k_rope_BTHR), dim=-1)
-        return self.o_proj(causal_attention(q, k, kv_BTHC[..., self.nope :], self.scale).flatten(-2))
+        k = torch.cat((k_nope_BTHN, k_rope_BTHR), dim=-1)
+        return self.o_proj(causal_attention(q, k, v_BTHV, self.scale).flatten(-2))
 
     def _queries(self, x_BTD: Tensor) -> Tensor:
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD))) if self.compressed_queries else self.q_proj(x_BTD)

@@ -50,7 +50,7 @@ class _Blockwise(torch.autograd.Function):
             q = q * scale
             y = torch.empty_like(v, memory_format=torch.contiguous_format)
             for rows in _blocks(q):
-                torch.bmm(_probabilities(q, k, rows, mask), v[:, : rows.stop], out=y[:, rows])
+                y[:, rows] = torch.bmm(_probabilities(q, k, rows, mask), v[:, : rows.stop])
             _heads(y_BTHV, group, widen=False).copy_(y)
         return y_BTHV
 
@@ -69,16 +69,19 @@ class _Blockwise(torch.autograd.Function):
 
 
 def _group_backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of scaled queries, keys and values [G, T, ..]."""
+    """Gradients of scaled queries, keys and values [G, T, ..].
+
+    No ``out=`` into slices: products of a batch are one call only where the result is contiguous.
+    """
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     for rows in _blocks(q):
         seen = slice(0, rows.stop)
         probabilities = _probabilities(q, k, rows, mask)
-        dv[:, seen].baddbmm_(probabilities.mT, g[:, rows])
+        dv[:, seen] += torch.bmm(probabilities.mT, g[:, rows])
         dp = torch.bmm(g[:, rows], v[:, seen].mT)
         ds = torch.ops.aten._softmax_backward_data(dp, probabilities, -1, dp.dtype)
-        torch.bmm(ds, k[:, seen], out=dq[:, rows])
-        dk[:, seen].baddbmm_(ds.mT, q[:, rows])
+        dq[:, rows] = torch.bmm(ds, k[:, seen])
+        dk[:, seen] += torch.bmm(ds.mT, q[:, rows])
     return dq, dk, dv
 
 

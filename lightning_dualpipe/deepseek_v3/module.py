@@ -103,6 +103,8 @@ class DeepSeekV3(LightningModule):
     def configure_model(self) -> None:
         """Give the parameters memory, unless a strategy is about to cut the model first."""
         if torch.get_default_device().type != "meta" and self._is_meta():
+            # a Trainer's precision sets the default; a checkpoint restored before it converts would lose digits
+            self.model.to(torch.get_default_dtype())
             self.model.to_empty(device=torch.get_default_device())
             self.initialize_weights()
 

@@ -49,7 +49,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight_D, scale = ctx.saved_tensors
         normed = _widened(x) * scale
         grad_times_normed = _widened(grad) * normed
-        grad_weight_D = grad_times_normed.flatten(0, -2).sum(0).to(weight_D.dtype)
+        grad_weight_D = grad_times_normed.reshape(-1, x.shape[-1]).sum(0).to(weight_D.dtype)
         mean = (grad_times_normed @ weight_D.to(scale.dtype) / x.shape[-1]).unsqueeze(-1)
         grad_x = torch.mul(_widened(grad), weight_D, out=grad_times_normed).addcmul_(normed, mean, value=-1).mul_(scale)
         return grad_x.to(x.dtype), grad_weight_D, None

@@ -127,5 +127,3 @@ def balance_loss(scores_BTE: Tensor, *, top_k: int, alpha: float) -> Tensor:
     frequency_BE = counts_BE * (num_experts / (top_k * max(num_positions, 1)))
     share_B1E = torch.bmm((scores_BTE.sum(-1) + 1e-20).reciprocal().unsqueeze(1), scores_BTE)  # T * P_i
     return alpha * (frequency_BE * share_B1E.squeeze(1)).sum(-1)
-
-

@@ -196,8 +196,8 @@ class Schedule:
         in_order = [int(rank) for rank, _ in ranks] == list(range(len(ranks)))
         if len(heads) != 1 or not routes or not in_order or 1 + len(routes) + len(ranks) != num_lines:
             raise ScheduleError(
-                "a schedule is written as a line 'schedule NAME of N microbatches', lines 'route 0 1 2 …' with the rank "
-                f"of every stage, and lines 'rank 0: 0F0 0F1 …' from rank 0 up; got:\n{text}"
+                "a schedule is a line 'schedule NAME of N microbatches', lines 'route 0 1 2 …' with the rank of every "
+                f"stage, and lines 'rank 0: 0F0 0F1 …' from rank 0 up; got:\n{text}"
             )
         placement = Placement(tuple(tuple(map(int, route.split())) for route in routes))
         steps = tuple(tuple(map(parse_step, program.split())) for _, program in ranks)

@@ -41,7 +41,7 @@ def _check_size(schedule: Schedule) -> None:
         )
     if len(schedule.steps) != schedule.num_ranks:
         raise ScheduleError(
-            f"schedule {schedule.name} has programs for {len(schedule.steps)} ranks, its routes pass {schedule.num_ranks}"
+            f"schedule {schedule.name} has {len(schedule.steps)} programs, and routes over {schedule.num_ranks} ranks"
         )
 
 

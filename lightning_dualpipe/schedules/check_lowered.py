@@ -55,7 +55,8 @@ def _wrong_messages(schedule: Schedule, programs: Sequence[Program]) -> Iterator
             seen.add(message.output)
         for output in wanted.keys() - seen:
             _, source, target = wanted[output]
-            yield f"rank {source if verb == 'sends' else target} never {verb} {output} from rank {source} to rank {target}"
+            rank = source if verb == "sends" else target
+            yield f"rank {rank} never {verb} {output} from rank {source} to rank {target}"
     if len({message.tag for _, message in sent}) != len(sent) or {m for _, m in sent} != {m for _, m in received}:
         yield "the two ends of a message disagree about its tag, or two messages share one"
 
@@ -75,18 +76,19 @@ def _wanted(schedule: Schedule) -> Iterator[tuple[Action, tuple[int, int, int]]]
 def _wrong_places(schedule: Schedule, programs: Sequence[Program]) -> Iterator[str]:
     """Messages sent before they are made or received after they are needed."""
     for program in programs:
+        rank = program.rank
         known: set[Action] = set()  # outputs this rank has, made here or received
         for position, instruction in enumerate(program.instructions):
             if isinstance(instruction, Exchange):
                 for message in instruction.sends:
                     if message.output not in known:
-                        yield f"rank {program.rank} sends {message.output} before it is made: {_excerpt(program, position)}"
+                        yield f"rank {rank} sends {message.output} before it is made: {_excerpt(program, position)}"
                 known.update(message.output for message in instruction.receives)
                 continue
             for action in instruction.step:
                 for output in action.inputs(schedule.num_stages):
                     if output not in known:
-                        yield f"rank {program.rank} computes {action} before it has {output}: {_excerpt(program, position)}"
+                        yield f"rank {rank} computes {action} before it has {output}: {_excerpt(program, position)}"
             known.update(action.output for action in instruction.step if action.output is not None)
 
 
@@ -139,7 +141,7 @@ def _check_end(schedule: Schedule, programs: Sequence[Program]) -> None:
             todo[rank].popleft()
     if any(todo):
         waits = (
-            f"  rank {rank} in {left[0]} waits for rank{'s' * (len(absent(rank)) > 1)} {', '.join(map(str, absent(rank)))}"
+            f"  rank {rank} in {left[0]} waits for " + ", ".join(f"rank {other}" for other in absent(rank))
             for rank, left in enumerate(todo)
             if left
         )

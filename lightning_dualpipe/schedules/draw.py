@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from math import ceil
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_dualpipe.errors import ConfigurationError, MissingPackageError
 from lightning_dualpipe.schedules.action import Action, Kind, Schedule, format_step
@@ -91,8 +91,11 @@ _NAMES = {
     Kind.BACKWARD_WEIGHT: "backward for weights",
 }
 _INK, _FAINT, _IDLE = "#262626", "#85857f", "#f2f1ed"
-_ROW, _CELL = 0.40, 0.31  # inches: a rank's height, and the shortest step's width unless that gets too wide
-_MARGINS = (0.70, 0.25, 0.55, 0.70)  # inches: left, right, top, bottom
+_ROW, _CELL = (
+    0.40,
+    0.31,
+)  # inches: a rank's height, and a forward's width where that gets neither too narrow nor too wide
+_MARGINS = (0.70, 0.25, 0.55, 0.62)  # inches: left, right, top, bottom
 
 
 def draw_picture(schedule: Schedule, costs: Costs, path: str | PathLike[str]) -> Path:
@@ -107,9 +110,9 @@ def draw_picture(schedule: Schedule, costs: Costs, path: str | PathLike[str]) ->
             'a picture needs matplotlib: pip install "lightning-dualpipe[draw]"; the text grid needs nothing'
         ) from error
     timeline = simulate(schedule, costs)
-    shortest = min((span.end - span.start for spans in timeline.spans for span in spans), default=0.0)
-    num_units = timeline.duration / shortest if shortest else 1.0
-    width, height = min(max(_CELL * num_units, 7.0), 120.0), _ROW * schedule.num_ranks
+    forward = min(costs.of((Action(stage, Kind.FORWARD, 0),)) for stage in range(schedule.num_stages))
+    num_forwards = timeline.duration / forward if forward else 0.0
+    width, height = min(max(_CELL * num_forwards, 7.0), 100.0), _ROW * schedule.num_ranks
     left, right, top, bottom = _MARGINS
     figure = Figure(figsize=(left + width + right, top + height + bottom), dpi=200 if width < 40 else 100)
     total_width, total_height = figure.get_size_inches()
@@ -151,9 +154,6 @@ def _shade(schedule: Schedule, action: Action) -> int:
 
 def _draw_frame(axes: "Axes", schedule: Schedule, timeline: Timeline) -> None:
     """Title, names of the ranks, time, and what the colours mean."""
-    from matplotlib.legend_handler import HandlerTuple
-    from matplotlib.patches import Patch
-
     axes.set_xlim(0, timeline.duration or 1.0)
     axes.set_ylim(schedule.num_ranks, 0)
     axes.set_yticks([rank + 0.5 for rank in range(schedule.num_ranks)])
@@ -162,9 +162,20 @@ def _draw_frame(axes: "Axes", schedule: Schedule, timeline: Timeline) -> None:
     axes.tick_params(axis="x", length=2, color=_FAINT, labelsize=7, labelcolor=_FAINT)
     axes.spines[:].set_visible(False)
     name, figures = _title(schedule, timeline).split(": ", 1)
-    above = {"xytext": (0, 9), "textcoords": "offset points", "xycoords": "axes fraction", "va": "baseline"}
-    axes.annotate(name, (0, 1), **above, fontsize=12, weight="bold", color=_INK)
-    axes.annotate(figures, (1, 1), **above, ha="right", fontsize=9, color=_FAINT)
+    _note(axes, name, (0, 1), 9, fontsize=12, weight="bold", color=_INK)
+    _note(axes, figures, (1, 1), 9, ha="right", fontsize=9, color=_FAINT)
+    _draw_legend(axes, schedule)
+
+
+def _note(axes: "Axes", text: str, corner: tuple[int, int], above: int, **style: Any) -> None:
+    """Text at a corner of the grid, so many points above it."""
+    offset = (0, above)
+    axes.annotate(text, corner, offset, xycoords="axes fraction", textcoords="offset points", **style)
+
+
+def _draw_legend(axes: "Axes", schedule: Schedule) -> None:
+    from matplotlib.legend_handler import HandlerTuple
+    from matplotlib.patches import Patch
 
     steps = {step for steps in schedule.steps for step in steps}
     actions = {action for step in steps for action in step}
@@ -192,6 +203,5 @@ def _draw_frame(axes: "Axes", schedule: Schedule, timeline: Timeline) -> None:
         columnspacing=1.6,
     )
     if any(_shade(schedule, action) for action in actions):
-        paler = "paler: the way up the V" if len(schedule.placement.routes) == 1 else "paler: the second direction"
-        below = {"xytext": (0, -32), "textcoords": "offset points", "xycoords": "axes fraction", "va": "baseline"}
-        axes.annotate(paler, (1, 0), **below, ha="right", fontsize=8, color=_FAINT)
+        paler = "the way up the V" if len(schedule.placement.routes) == 1 else "the second direction"
+        _note(axes, f"paler: {paler}", (1, 0), -29, ha="right", fontsize=8, color=_FAINT)

@@ -1,17 +1,21 @@
 """DualPipe (DeepSeek-V3, arXiv:2412.19437, section 3.2.1) and DualPipeV, its half.
 
-DualPipe feeds microbatches from both ends of the line of ranks, so that in the steady state every
-rank has a forward and a backward at hand that do not depend on each other: it runs the two at once,
-and the communication of one hides behind the computation of the other. Every stage exists twice.
+DualPipe feeds microbatches from both ends of the line of ranks. In the steady state every rank then
+has a forward and a backward at hand that do not need each other: it runs the two at once, and the
+communication of one hides behind the computation of the other. The price: every stage exists twice.
 
-    stages 0 1 2 3 3 2 1 0       Cut the line in the middle: what crosses the cut to the right comes
-           │ │ ║ ║ ║ ║ │ │       back on the left as if reflected, so each half sees a V: one lane down
-    ranks  0 1 2 3 3 2 1 0       to the fold, one lane up again. DualPipeV keeps that half alone:
-                                 no stage twice, and each rank has two stages of half the size.
+    DualPipe      rank 0   1   2   3           DualPipeV     rank 0   1
+    first half         0 → 1 → 2 → 3 stage     way down           0 → 1  stage
+    second half        3 ← 2 ← 1 ← 0                                  ↓
+                                               way up             3 ← 2
 
-Both are therefore one program, of eight steps, told by three numbers: how far the rank is from the
-tip of the V (``depth``), how many ranks lie between it and the fold (``above``), and how many turns
-each lane gets (``turns``; at least twice the ranks of the V, so that all eight steps fit).
+What the left half of the ranks sends over the middle it gets back from the right half, which does
+the same mirrored, as if its own microbatches turned round there. DualPipeV keeps one half and lets
+them turn round: no stage exists twice, but each rank has two, and they can be half the size.
+
+So both are one program for the ranks of a V, in eight steps, told by three numbers: how far the rank
+is from the tips of the V (``depth``), how many ranks lie between it and the fold (``above``), and how
+many turns each lane gets (``turns``; at least twice the ranks of the V, or the steps do not fit).
 """
 
 from collections import deque
@@ -43,7 +47,7 @@ def dualpipe(num_ranks: int, num_microbatches: int) -> Schedule:
 
 
 def dualpipev(num_ranks: int, num_microbatches: int) -> Schedule:
-    """One half of a DualPipe of ``2 * num_ranks`` ranks: rank ``r`` serves stages ``r`` and ``2 * num_ranks - 1 - r``."""
+    """One half of a DualPipe of twice the ranks: rank ``r`` serves stages ``r`` and ``2 * num_ranks - 1 - r``."""
     num_stages = 2 * num_ranks
     turns = max(num_microbatches, num_stages)
 

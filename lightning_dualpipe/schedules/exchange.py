@@ -8,11 +8,11 @@ exchanges that are left, all ranks taking part in the earliest can get to it.
 
 The moments come from a simulation with round costs. A message may be exchanged anywhere between the
 end of the step that makes it and the start of the step that needs it; its moment is the last one in
-between at which neither of its ranks is inside a step. Late, so that a receive posted does not hold
-up what is behind it, should the real costs differ; between steps, so that neither rank holds up the
-other. Measured over all schedules, for costs from perfect overlap to none and noise of 30 %, ranks
-that stand still in every exchange lose 0.5 % of the time of a run on average and 3 % at worst;
-exchanging at the end of the step that makes the message instead, 3 % and 28 %.
+between at which neither of its ranks is inside a step. Late, so that a posted receive does not hold
+up what comes behind it, should the real costs differ; between steps, so that neither rank holds up
+the other. With other costs (overlap perfect or none, noise of 30 %) a rank that waits for a message
+where it needs it then runs within 1.1 % of the simulated time, and one that stands still in every
+exchange within 3.4 %; exchanging as soon as a message is made, it would be 28 % for some.
 """
 
 from bisect import bisect_right
@@ -78,10 +78,9 @@ def _messages(schedule: Schedule, timeline: Timeline) -> Iterator[tuple[Message,
 
 
 def _message(schedule: Schedule, output: Action, target_stage: int, source_rank: int, target_rank: int) -> Message:
-    assert output.kind in (Kind.FORWARD, Kind.BACKWARD), f"{output} is not sent"
-    kind: Kind = output.kind
-    tag = 2 * (output.stage * schedule.num_microbatches + output.microbatch) + (kind is Kind.BACKWARD)
-    return Message(kind, output.stage, target_stage, output.microbatch, source_rank, target_rank, tag)
+    stage, kind, microbatch = output.stage, output.kind, output.microbatch
+    tag = 2 * (stage * schedule.num_microbatches + microbatch) + (kind is Kind.BACKWARD)
+    return Message(kind, stage, target_stage, microbatch, source_rank, target_rank, tag)
 
 
 def _last_free(spans: Sequence[Span], starts: Sequence[float], time: float) -> float:

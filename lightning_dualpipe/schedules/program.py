@@ -9,7 +9,6 @@ in braces, is the messages of a rank that are posted together between two steps.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 from lightning_dualpipe.schedules.action import Action, Kind, Step, format_step
 
@@ -20,9 +19,7 @@ __all__ = ["Compute", "Exchange", "Instruction", "Message", "Program", "format_p
 class Message:
     """The output of a stage on its way to a neighbouring stage on another rank."""
 
-    kind: Literal[
-        Kind.FORWARD, Kind.BACKWARD
-    ]  # an activation for the stage after, or an input gradient for the one before
+    kind: Kind  # FORWARD: an activation for the next stage; BACKWARD: an input gradient for the one before
     source_stage: int
     target_stage: int
     microbatch: int

@@ -5,7 +5,7 @@ A rank runs its steps in order, each as soon as the inputs exist; a result of an
 measured against, and it reproduces the published bubbles (of P ranks; B = I + W):
 
     1F1B        (P - 1)(F + B)
-    ZB1P        (P - 1)(F + B - 2W)            where F <= I
+    ZB1P        (P - 1)(F + B - 2W)            where W <= F and W <= I
     DualPipe    (P/2 - 1)(F&B + B - 3W)        where F = I and W <= I; P/2 is P for DualPipeV's half stages
 """
 
@@ -95,7 +95,7 @@ class Timeline:
         return sum(self.idle) / (self.duration * len(self.idle)) if self.duration else 0.0
 
 
-def simulate(schedule: Schedule, costs: Costs = Costs()) -> Timeline:  # noqa: B008  (an immutable value)
+def simulate(schedule: Schedule, costs: Costs = Costs()) -> Timeline:
     """Run a schedule on paper. Raises DeadlockError naming who waits for what."""
     costs.check(schedule.num_stages)
     spans = _run(schedule, costs)

@@ -27,7 +27,7 @@ from lightning.fabric.utilities.distributed import (
     _init_dist_connection,
 )
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.fabric.utilities.seed import pl_worker_init_function, reset_seed
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states, pl_worker_init_function
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
@@ -50,6 +50,7 @@ from lightning_dualpipe.schedules import SCHEDULES
 from lightning_dualpipe.strategy.assembly import Assembly
 from lightning_dualpipe.strategy.failures import report_failure
 from lightning_dualpipe.strategy.launcher import PipelineLauncher, watch_parent
+from lightning_dualpipe.strategy.model_summary import summarize_the_whole_model
 from lightning_dualpipe.strategy.reader import PipelineReader
 
 __all__ = ["DualPipeStrategy"]
@@ -209,12 +210,13 @@ class DualPipeStrategy(ParallelStrategy):
         super().setup_environment()
         watch_parent()
         self.set_world_ranks()
-        reset_seed()
         assert self.cluster_environment is not None
         if self.world_size > 1 and not _distributed_is_initialized():
             device_id = self.root_device if self.root_device.type != "cpu" else None
             backend = self._backend or _get_default_process_group_backend_for_device(self.root_device)
             _init_dist_connection(self.cluster_environment, backend, timeout=self._timeout, device_id=device_id)
+        # as in one process: what is random from here on follows from what rank 0 has drawn so far
+        _set_rng_states(self.broadcast(_collect_rng_states(include_cuda=False)))
         if self._groups is None:
             self._groups = Groups.create(self.layout, self.global_rank, timeout=self._timeout)
 
@@ -260,6 +262,8 @@ class DualPipeStrategy(ParallelStrategy):
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
+        if self.world_size > 1:
+            summarize_the_whole_model(trainer)
 
     @override
     def model_to_device(self) -> None:

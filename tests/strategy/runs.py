@@ -4,7 +4,7 @@
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,9 @@ def train(rank: int, run: Run) -> Result:
     return Result(recorder.losses, recorder.norms, biases, counts)
 
 
-def build(rank: int, run: Run) -> tuple[L.Trainer, L.LightningModule, TextDataModule]:
+def build(
+    rank: int, run: Run, *, callbacks: Sequence[L.Callback] = ()
+) -> tuple[L.Trainer, L.LightningModule, TextDataModule]:
     pretend_torchrun(rank, run.world)
     L.seed_everything(7, verbose=False)
     trainer = L.Trainer(
@@ -115,7 +117,7 @@ def build(rank: int, run: Run) -> tuple[L.Trainer, L.LightningModule, TextDataMo
         max_steps=run.steps,
         accumulate_grad_batches=run.accumulate,
         gradient_clip_val=run.clip,
-        callbacks=[Recorder()],
+        callbacks=[Recorder(), *callbacks],
         **{**QUIET, **run.trainer},
     )
     return trainer, build_module(run), build_data(run)

@@ -1,0 +1,122 @@
+"""A checkpoint is that of the uncut model, whoever wrote it, and a run goes on from it under any layout."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from lightning_dualpipe import DeepSeekV3
+from tests.ranks import run_ranks
+from tests.strategy.runs import Recorder, Run, build, train, write_corpus
+
+STEPS, SAVED_AT = 12, 6
+LAYOUTS: dict[str, tuple[int, dict[str, Any] | None]] = {
+    "auto": (1, None),
+    "dualpipe pp2 ep2": (4, {"pipeline_parallel_size": 2, "expert_parallel_size": 2}),
+    "dualpipev pp2": (2, {"schedule": "dualpipev", "pipeline_parallel_size": 2}),
+    "1f1b pp4": (4, {"schedule": "1f1b", "pipeline_parallel_size": 4}),
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_corpus(tmp_path_factory.mktemp("checkpoints"))
+
+
+def run_under(layout: str, corpus: str) -> Run:
+    world, strategy = LAYOUTS[layout]
+    return Run(strategy=strategy, world=world, corpus=corpus, steps=STEPS, overrides={"tie_word_embeddings": True})
+
+
+def save(rank: int, run: Run, folder: str) -> None:
+    """Train to the end with a checkpoint in the middle of an epoch, and save once more after fit."""
+    checkpoint = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=SAVED_AT, save_top_k=-1)
+    run = replace(run, steps=SAVED_AT, trainer={"enable_checkpointing": True})
+    trainer, module, data = build(rank, run, callbacks=[checkpoint])
+    trainer.fit(module, data)
+    trainer.save_checkpoint(f"{folder}/after_fit.ckpt")
+
+
+def resume(rank: int, run: Run, path: str) -> list[float]:
+    trainer, module, data = build(rank, run)
+    trainer.fit(module, data, ckpt_path=path)
+    return next(callback for callback in trainer.callbacks if isinstance(callback, Recorder)).losses
+
+
+@pytest.fixture(scope="module")
+def saved(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder with checkpoints for every layout."""
+    folders = {}
+    for layout in LAYOUTS:
+        run = run_under(layout, corpus)
+        folders[layout] = tmp_path_factory.mktemp("saved")
+        run_ranks(run.world, save, run, str(folders[layout]), timeout=240)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus: str) -> list[float]:
+    return train(0, run_under("auto", corpus)).losses
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "auto"])
+def test_a_checkpoint_is_the_one_that_auto_writes(layout: str, saved: dict[str, Path]) -> None:
+    name = f"step={SAVED_AT}.ckpt"
+    ours = torch.load(saved[layout] / name, weights_only=True)
+    theirs = torch.load(saved["auto"] / name, weights_only=True)
+
+    assert list(ours["state_dict"]) == list(theirs["state_dict"])
+    assert_equal(ours["state_dict"], theirs["state_dict"])
+    assert_equal(ours["optimizer_states"], theirs["optimizer_states"])
+    for key in ("lr_schedulers", "loops", "TextDataModule", "tokens_seen", "global_step"):
+        assert ours[key] == theirs[key], key
+
+
+@pytest.mark.parametrize(
+    ("written", "resumed"),
+    [("dualpipe pp2 ep2", other) for other in LAYOUTS]
+    + [(other, "dualpipe pp2 ep2") for other in LAYOUTS if other != "dualpipe pp2 ep2"]
+    + [("1f1b pp4", "dualpipev pp2")],
+)
+def test_a_run_goes_on_under_any_layout(
+    written: str, resumed: str, corpus: str, saved: dict[str, Path], uninterrupted: list[float]
+) -> None:
+    run = run_under(resumed, corpus)
+    for losses in run_ranks(run.world, resume, run, str(saved[written] / f"step={SAVED_AT}.ckpt"), timeout=240):
+        assert losses == pytest.approx(uninterrupted[SAVED_AT:], abs=1e-9)
+
+
+def test_saving_after_fit_writes_the_same_weights(saved: dict[str, Path]) -> None:
+    for folder in saved.values():
+        during, after = (torch.load(folder / name) for name in (f"step={SAVED_AT}.ckpt", "after_fit.ckpt"))
+        assert_equal(during["state_dict"], after["state_dict"])
+
+
+def test_load_from_checkpoint_gives_the_whole_model(saved: dict[str, Path]) -> None:
+    path = saved["dualpipe pp2 ep2"] / f"step={SAVED_AT}.ckpt"
+    module = DeepSeekV3.load_from_checkpoint(path, map_location="cpu")
+    saved_weights = torch.load(path)["state_dict"]
+    assert_equal(module.state_dict(), {name: value.float() for name, value in saved_weights.items()})
+    assert module(torch.zeros(1, 4, dtype=torch.int64)).shape == (1, 4, 264)
+
+
+def assert_equal(ours: Any, theirs: Any) -> None:
+    """Nested values; tensors to the tolerance of another order of additions."""
+    if isinstance(ours, Mapping):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert_equal(ours[key], theirs[key])
+    elif isinstance(ours, list):
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs, strict=True):
+            assert_equal(one, other)
+    elif isinstance(ours, Tensor):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    else:
+        assert type(ours) is type(theirs) and ours == theirs
