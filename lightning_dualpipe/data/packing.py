@@ -14,6 +14,7 @@ beginning training. So a corpus of one file has a validation split too, and file
 hardly move the others between the splits.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -30,6 +31,9 @@ from lightning_dualpipe.data.order import SampleOrder, mix
 __all__ = ["PackedSequences", "Runs", "split_documents"]
 
 Integers = npt.NDArray[np.int64]
+Words = npt.NDArray[np.uint64]
+
+CHUNK = 1 << 20  # documents looked at together
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,13 @@ class Runs:
         totals = np.cumsum(lengths)
         last = np.roll(first, -1) if len(first) else first
         return cls(starts[first], totals[last])
+
+    @classmethod
+    def joined(cls, parts: Sequence["Runs"]) -> "Runs":
+        if not parts:
+            return cls(np.empty(0, np.int64), np.empty(0, np.int64))
+        lengths = [np.diff(part.ends, prepend=0) for part in parts]
+        return cls.of(np.concatenate([part.starts for part in parts]), np.concatenate(lengths))
 
     @property
     def num_tokens(self) -> int:
@@ -68,18 +79,56 @@ class Runs:
 
 def split_documents(documents: npt.NDArray[np.void], *, seed: int, validation_fraction: float) -> tuple[Runs, Runs]:
     """(train, validation) of the documents of a cache (``TokenCache.documents``)."""
-    ends = np.array(documents["end"], dtype=np.int64)
-    lengths = np.diff(ends, prepend=0)
-    starts = ends - lengths
-    wanted = round(int(lengths.sum()) * validation_fraction)
+    wanted = round(int(documents["end"][-1]) * validation_fraction) if len(documents) else 0
+    threshold, partly = _validation_rule(documents, seed, wanted)
+    kept, held_out = [], []
+    for index, starts, lengths, hashes in _in_chunks(documents, seed):
+        out = np.where(hashes >> _LOW_BITS < threshold, lengths, 0)
+        for document, length in partly.items():
+            if index <= document < index + len(out):
+                out[document - index] = length
+        kept.append(Runs.of(starts, lengths - out))
+        held_out.append(Runs.of(starts + lengths - out, out))
+    return Runs.joined(kept), Runs.joined(held_out)
 
+
+_LOW_BITS = np.uint64(48)
+
+
+def _validation_rule(documents: npt.NDArray[np.void], seed: int, wanted: int) -> tuple[np.uint64, dict[int, int]]:
+    """Which documents are for validation, so that they have ``wanted`` tokens.
+
+    All whose hash has less than so much in its upper bits, and those whose upper bits equal it, few enough
+    to be sorted, in a dictionary: index, and how many of the last tokens. Sorting all would take more
+    memory than a corpus of 10^8 documents should.
+    """
+    tokens_of = np.zeros(1 << 16)
+    for _, _, lengths, hashes in _in_chunks(documents, seed):
+        tokens_of += np.bincount((hashes >> _LOW_BITS).astype(np.int64), weights=lengths, minlength=len(tokens_of))
+    below = np.concatenate([[0], np.cumsum(tokens_of)]).astype(np.int64)
+    threshold = np.uint64(np.searchsorted(below[1:], wanted, side="right"))  # one past the last where all are taken
+    left = wanted - int(below[threshold])
+    candidates = [
+        (int(hashes[place]), index + int(place), int(lengths[place]))
+        for index, _, lengths, hashes in _in_chunks(documents, seed)
+        for place in np.flatnonzero(hashes >> _LOW_BITS == threshold)
+    ]
+    partly = {}
+    for _, document, length in sorted(candidates):
+        partly[document] = min(left, length)
+        left -= partly[document]
+    return threshold, partly
+
+
+def _in_chunks(documents: npt.NDArray[np.void], seed: int) -> Iterator[tuple[int, Integers, Integers, Words]]:
+    """(index of the first, starts, lengths, hashes) of some documents at a time."""
     key = mix(np.array([seed & ((1 << 64) - 1)], dtype=np.uint64))
-    by_hash = np.argsort(mix(documents["id"] ^ key), kind="stable")
-    before = np.cumsum(lengths[by_hash]) - lengths[by_hash]
-    held_out = np.zeros_like(lengths)  # how many tokens at the end of each document
-    held_out[by_hash] = np.clip(wanted - before, 0, lengths[by_hash])
-    kept = lengths - held_out
-    return Runs.of(starts, kept), Runs.of(starts + kept, held_out)
+    start = 0
+    for index in range(0, len(documents), CHUNK):
+        chunk = documents[index : index + CHUNK]
+        lengths = np.diff(chunk["end"], prepend=start)
+        yield index, chunk["end"] - lengths, lengths, mix(chunk["id"] ^ key)
+        start = int(chunk["end"][-1])
 
 
 @dataclass

@@ -58,14 +58,13 @@ class _Blockwise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_BTHV: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         inputs = ctx.saved_tensors
-        grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
+        dq, dk, dv = grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
         mask = _above_diagonal(inputs[0])
         for group in _groups(inputs[0]):
             q, k, v, g = (_heads(x, group) for x in (*inputs, grad_BTHV))
             for grad, own in zip(grads, _group_backward(q * ctx.scale, k, v, g, mask), strict=True):
                 _heads(grad, group, widen=False).copy_(own)
-            _heads(grads[0], group, widen=False).mul_(ctx.scale)
-        return *grads, None
+        return dq.mul_(ctx.scale), dk, dv, None
 
 
 def _group_backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -135,10 +135,8 @@ def _attention(config: DeepSeekV3Config) -> Components:
 def _attention_matrices(config: DeepSeekV3Config) -> int:
     hidden, heads = config.hidden_size, config.num_attention_heads
     query_width = heads * config.qk_head_dim
-    if config.q_lora_rank is None:
-        queries = hidden * query_width
-    else:
-        queries = config.q_lora_rank * (hidden + query_width)
+    rank = config.q_lora_rank
+    queries = hidden * query_width if rank is None else rank * (hidden + query_width)
     keys_values = hidden * (config.kv_lora_rank + config.qk_rope_head_dim)
     keys_values += config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
     return queries + keys_values + heads * config.v_head_dim * hidden

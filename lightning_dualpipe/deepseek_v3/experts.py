@@ -42,7 +42,7 @@ class Experts(nn.Module):
     def keep_experts(self, first: int, count: int) -> None:
         """Hold only experts ``first .. first + count - 1``, in new parameters. Before an optimizer is made."""
         start = first - self.first_expert
-        assert 0 <= start and start + count <= self.num_experts, (
+        assert 0 <= start <= self.num_experts - count, (
             f"experts {first}..{first + count - 1} are not all among "
             f"{self.first_expert}..{self.first_expert + self.num_experts - 1}, the ones held here"
         )

@@ -92,10 +92,11 @@ def _chunks(logits_NV: Tensor) -> list[slice]:
 
 @torch.no_grad()
 def _agreement(logits: Tensor, mtp_logits: Sequence[Tensor], labels_BT: Tensor) -> Tensor:
+    dtype = torch.promote_types(logits.dtype, torch.float32)
     main_BT = logits.argmax(-1)
     counted_BT = labels_BT != IGNORED
     rates = []
     for k, at_k in enumerate(mtp_logits, start=1):
         agrees_BT = (at_k.argmax(-1) == main_BT[:, k:]) & counted_BT[:, k:]
-        rates.append(agrees_BT.sum(-1) / counted_BT[:, k:].sum(-1).clamp(min=1))
+        rates.append(agrees_BT.sum(-1, dtype=dtype) / counted_BT[:, k:].sum(-1).clamp(min=1))
     return (torch.stack(rates).mean(0) * counted_BT.sum(-1)).sum()

@@ -12,8 +12,8 @@ Shapes: B sequences, T positions, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Self
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,7 @@ class Transformer(nn.Module):
     def __init__(self, config: DeepSeekV3Config, *, seed: int = 0) -> None:
         super().__init__()
         self.config = config
+        self.mtp_loss_weight = config.mtp_loss_weight  # may change in the course of a training
         device = torch.get_default_device()
         with torch.device("meta"):  # no module initialises itself
             self._build(config, Rotary(config))
@@ -86,7 +87,7 @@ class Transformer(nn.Module):
 
     def loss(self, values: Values, batch: Batch) -> Mapping[str, Tensor]:
         logits, *mtp_logits, balance_B = values
-        return loss_sums(logits, mtp_logits, balance_B, batch["labels"], mtp_weight=self.config.mtp_loss_weight)
+        return loss_sums(logits, mtp_logits, balance_B, batch["labels"], mtp_weight=self.mtp_loss_weight)
 
     def routers(self) -> Iterator[tuple[str, Router]]:
         """Name and router of every mixture of experts held here, those of multi-token prediction included."""
@@ -106,16 +107,16 @@ class Transformer(nn.Module):
         flops = forward_flops(config, min(_COST_LENGTH, config.max_position_embeddings))
         small = 2.0 * config.hidden_size  # of the lookup and the norm: little, but no layer is free
         layers = [Layer("embed_tokens", (Phase("embed", self._embed),), (self.embed_tokens,), small)]
-        for index, block in enumerate(self.layers):
+        for index, block in enumerate(cast(Iterable[Block], self.layers)):
             cost = flops.moe_block if config.is_moe(index) else flops.dense_block
             layers.append(Layer(f"layers.{index}", block.phases(), (block,), cost))
         layers.append(Layer("norm", (Phase("norm", self._norm),), (self.norm,), small))
-        for index, mtp in enumerate(self.mtp):
-            phases, modules = mtp.phases(self.embed_tokens), (mtp, self.embed_tokens)
-            layers.append(Layer(f"mtp.{index}", phases, modules, flops.mtp, with_previous=True, for_loss=True))
-        modules = (self.lm_head, self.embed_tokens) if config.tie_word_embeddings else (self.lm_head,)
+        for index, mtp in enumerate(cast(Iterable[MTP], self.mtp)):
+            phases, used = mtp.phases(self.embed_tokens), (mtp, self.embed_tokens)
+            layers.append(Layer(f"mtp.{index}", phases, used, flops.mtp, with_previous=True, for_loss=True))
+        tied = (self.embed_tokens,) if config.tie_word_embeddings else ()
         cost = flops.head * (1 + len(self.mtp))
-        layers.append(Layer("lm_head", (Phase("head", self._head),), modules, cost, with_previous=True))
+        layers.append(Layer("lm_head", (Phase("head", self._head),), (self.lm_head, *tied), cost, with_previous=True))
         return layers
 
     def _embed(self, input_ids_BT: Tensor) -> Values:

@@ -93,6 +93,7 @@ class Router(nn.Module):
     def _count(self, experts_NK: Tensor) -> None:
         if self.training and torch.is_grad_enabled():
             choices = experts_NK.flatten()
+            self.tokens_per_expert = self.tokens_per_expert.to(choices.device)  # parameters may be moved one by one
             self.tokens_per_expert.scatter_add_(0, choices, torch.ones_like(choices))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -149,6 +149,11 @@ class Assembly:
         same_as = self.part.whole.same_as
         return {same_as[name]: parameter for name, parameter in self.owner.named_parameters()}
 
+    @property
+    def peak_held(self) -> int:
+        """Most microbatches whose activations this rank held at once, in the last training step."""
+        return self._forward.engine.peak_held
+
     def attach(self) -> None:
         """From now on, calling the model runs the pipeline."""
         self.detach()

@@ -43,7 +43,7 @@ def left_over(tmp_path: Path) -> list[str]:
 def test_each_document_is_bos_its_tokens_and_eos(folder: Path, tmp_path: Path) -> None:
     cache = make(folder, tmp_path)
     expected = [[BYTE_BOS, *text.encode(), BYTE_EOS] for text in DOCUMENTS]
-    assert cache.tokens().tolist() == sum(expected, [])
+    assert cache.tokens().tolist() == [id for ids in expected for id in ids]
     assert cache.documents()["end"].tolist() == np.cumsum([len(ids) for ids in expected]).tolist()
     assert (cache.num_tokens, cache.num_documents) == (sum(map(len, expected)), 4)
     assert cache.dtype == np.uint16
@@ -230,7 +230,7 @@ def test_a_folder_that_cannot_be_written_is_replaced_with_a_warning_or_refused(
         cache = tokenised(find_sources(folder), ByteTokenizer())
     assert cache.folder.is_relative_to(tmp_path / "temporary")
     assert "cache_dir=" in caplog.text and "Not a directory" in caplog.text
-    with pytest.raises(ConfigurationError, match="give another cache_dir.*\n.*Not a directory"):
+    with pytest.raises(ConfigurationError, match=r"give another cache_dir.*\n.*Not a directory"):
         tokenised(find_sources(folder), ByteTokenizer(), tmp_path / "file" / "cache")
 
 

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_dualpipe.data import packing
 from lightning_dualpipe.data.cache import DOCUMENT, TokenCache, tokenised
 from lightning_dualpipe.data.corpus import find_sources
-from lightning_dualpipe.data.order import SampleOrder
+from lightning_dualpipe.data.order import SampleOrder, mix
 from lightning_dualpipe.data.packing import PackedSequences, Runs, split_documents
 from lightning_dualpipe.data.tokenizers import ByteTokenizer
 
@@ -24,6 +25,32 @@ def tokens_of(runs: Runs, tokens: np.ndarray) -> list[int]:
     lengths = np.diff(runs.ends, prepend=0)
     stretches = [tokens[start : start + length] for start, length in zip(runs.starts, lengths, strict=True)]
     return np.concatenate([np.empty(0, int), *stretches]).tolist()
+
+
+def split_by_sorting(documents: np.ndarray, *, seed: int, validation_fraction: float) -> tuple[Runs, Runs]:
+    """The definition: documents in the order of their hash fill the validation split, the last one with its end."""
+    lengths = np.diff(documents["end"], prepend=0)
+    wanted = round(int(lengths.sum()) * validation_fraction)
+    by_hash = np.argsort(mix(documents["id"] ^ mix(np.array([seed], dtype=np.uint64))), kind="stable")
+    before = np.cumsum(lengths[by_hash]) - lengths[by_hash]
+    held_out = np.zeros_like(lengths)
+    held_out[by_hash] = np.clip(wanted - before, 0, lengths[by_hash])
+    starts = documents["end"] - lengths
+    return Runs.of(starts, lengths - held_out), Runs.of(starts + lengths - held_out, held_out)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
+def test_the_splits_are_those_of_a_sort_by_hash(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(packing, "CHUNK", chunk)
+    generator = np.random.default_rng(0)
+    for seed, count in enumerate((1, 2, 50, 300)):
+        documents = documents_of(generator.integers(1, 100, size=count).tolist())
+        documents["id"] = generator.integers(0, 5 if seed % 2 else 1 << 63, size=count)  # names may repeat
+        for fraction in (0.0, 0.001, 0.1, 0.5, 0.999):
+            splits = split_documents(documents, seed=seed, validation_fraction=fraction)
+            expected = split_by_sorting(documents, seed=seed, validation_fraction=fraction)
+            for runs, definition in zip(splits, expected, strict=True):
+                assert np.array_equal(runs.starts, definition.starts) and np.array_equal(runs.ends, definition.ends)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.01, 0.3, 0.5, 0.99])

@@ -20,6 +20,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # options of the tr
     "workers": ({"max_epochs": 2}, {"num_workers": 2}),
     "accumulation": ({"max_epochs": 3, "accumulate_grad_batches": 2}, {}),
     "validation within epochs": ({"max_epochs": 3, "val_check_interval": 0.3}, {}),
+    "loaders made anew": ({"max_epochs": 3, "reload_dataloaders_every_n_epochs": 1}, {}),
     "short epochs": ({"max_epochs": 4, "limit_train_batches": 7}, {}),
     "batch size schedule": ({"max_steps": 40}, {"batch_size_schedule": RAMP}),
     "batch size schedule and workers": ({"max_steps": 40}, {"batch_size_schedule": RAMP, "num_workers": 1}),

@@ -62,7 +62,7 @@ def test_lengths_and_special_tokens_that_a_file_asks_for_do_not_touch_a_corpus(t
 
 def test_the_token_that_ends_a_document_can_be_named(tmp_path: Path) -> None:
     file = trained_file(tmp_path / "tokenizer.json", ["[END]", "[OTHER]"])
-    with pytest.raises(ConfigurationError, match="none of the usual tokens.*eos_token="):
+    with pytest.raises(ConfigurationError, match=r"none of the usual tokens.*eos_token="):
         load_tokenizer(file)
     with pytest.raises(ConfigurationError, match=r"eos_token='\[STOP\]' is not in the vocabulary"):
         load_tokenizer(file, eos_token="[STOP]")

@@ -51,10 +51,24 @@ def test_logits_loss_and_gradients_are_those_of_transformers():
     from tests.oracles.transformers_float64 import in_float64, new_reference
 
     settings = {
-        **{"vocab_size": 31, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16},
-        **{"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "n_shared_experts": 1},
-        **{"n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1},
-        **{"q_lora_rank": 20, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 6},
+        "vocab_size": 31,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "n_shared_experts": 1,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_group": 4,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 20,
+        "kv_lora_rank": 12,
+        "qk_nope_head_dim": 6,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 6,
         "max_position_embeddings": 128,
     }
     reference = new_reference(**settings, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})

@@ -75,7 +75,7 @@ def test_dualpipe_is_two_dualpipev_face_to_face(num_ranks, num_microbatches):
 @pytest.mark.parametrize("num_ranks", [2, 4, 8, 16])
 @pytest.mark.parametrize("num_microbatches", [32, 48, 120])
 def test_number_of_overlapped_pairs_of_dualpipe(num_ranks, num_microbatches):
-    """M - 3P/2 + q + 1 on the rank ``q`` from either end, one less in the middle; split backwards do not grow with M."""
+    """M - 3P/2 + q + 1, ``q`` ranks from either end, one less in the middle. Split backwards do not grow with M."""
     schedule = build_schedule("dualpipe", num_ranks, num_microbatches)
     for rank, steps in enumerate(schedule.steps):
         from_end = min(rank, num_ranks - 1 - rank)

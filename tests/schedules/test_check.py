@@ -85,10 +85,8 @@ def test_sizes_have_to_fit(head):
 
 
 def test_programs_that_wait_for_each_other_are_refused():
-    """Every rank by itself keeps the rules; together they stop."""
-    text = (
-        "schedule mine of 2 microbatches\nroute 0 1\nrank 0: 0F0 0B0 0F1 0B1\nrank 1: 1F1 1F0 1B0 1B1\n"  # 1F1 is too early
-    )
+    """Every rank by itself keeps the rules; together they stop: 1F1 is too early."""
+    text = "schedule mine of 2 microbatches\nroute 0 1\nrank 0: 0F0 0B0 0F1 0B1\nrank 1: 1F1 1F0 1B0 1B1\n"
     with pytest.raises(DeadlockError) as caught:
         check(Schedule.parse(text))
     assert "rank 0 cannot run 0B0: waits for 1B0 of rank 1" in str(caught.value)

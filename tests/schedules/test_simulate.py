@@ -84,9 +84,7 @@ def test_bubble_of_dualpipe_for_any_costs(seed):
     f, i, w = (draw.randint(1, 40) for _ in range(3))
     b, h = i + w, num_stages / 2 - 1
     pair = draw.randint(max(f, b), f + b)
-    timeline = simulate(
-        build_schedule(name, num_ranks, 2 * num_ranks + 2 * draw.randint(0, 8)), Costs(f, i, w, pair)
-    )
+    timeline = simulate(build_schedule(name, num_ranks, 2 * num_ranks + 2 * draw.randint(0, 8)), Costs(f, i, w, pair))
     table = h * (pair + b - 3 * w)
     assert max(timeline.idle) == table + h * max(f - i, 0) + h * max(w - i, 0) - min(f, h * max(i - f, 0))
 

@@ -1,0 +1,107 @@
+"""Every gradient of a pipelined DeepSeek-V3 is that of the uncut model, under every schedule.
+
+float64; 1e-10 of each parameter's largest gradient leaves room for another order of additions only.
+"""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_dualpipe.deepseek_v3.config import DeepSeekV3Config
+from lightning_dualpipe.deepseek_v3.model import Transformer
+from lightning_dualpipe.interface import Batch
+from lightning_dualpipe.parallel.groups import Groups
+from lightning_dualpipe.parallel.layout import ParallelLayout
+from lightning_dualpipe.schedules import SCHEDULES
+from lightning_dualpipe.strategy.assembly import Assembly
+from tests.ranks import run_ranks
+from tests.strategy.runs import SHAPE
+
+CONFIG = DeepSeekV3Config.from_preset("tiny", **{**SHAPE, "num_nextn_predict_layers": 2})  # type: ignore[typeddict-item]
+
+
+def build() -> nn.Module:
+    owner = nn.Module()
+    owner.model = Transformer(CONFIG, seed=1).double()
+    for _, router in owner.model.routers():  # as after some training
+        router.e_score_correction_bias.copy_(torch.linspace(-0.1, 0.1, router.num_experts).roll(3))
+    return owner
+
+
+def build_batch(samples: int) -> Batch:
+    tokens = torch.randint(CONFIG.vocab_size, (samples, 13), generator=torch.Generator().manual_seed(2))
+    labels = tokens[:, 1:].clone()
+    labels[0, :5] = -100  # sequences have different numbers of labels
+    return {"input_ids": tokens[:, :-1], "labels": labels}
+
+
+def uncut(samples: int) -> tuple[float, dict[str, Tensor]]:
+    owner = build()
+    out = owner.model(build_batch(samples))
+    out["loss"].backward()
+    return float(out["loss"]), {name: parameter.grad for name, parameter in owner.named_parameters()}
+
+
+def cut(
+    rank: int, schedule: str, layout: ParallelLayout, samples: int, num_microbatches: int
+) -> tuple[float, Mapping[str, tuple[range | None, Tensor]], int]:
+    owner = build()
+    assembly = Assembly(
+        owner,
+        layout,
+        Groups.create(layout, rank),
+        rank=rank,
+        schedule=schedule,
+        num_microbatches=num_microbatches,
+        device=torch.device("cpu"),
+        context=nullcontext,
+        convert=lambda module: module,
+    )
+    assembly.attach()
+    whole, share = build_batch(samples), samples // layout.data
+    mine = slice(layout.data_rank(rank) * share, (layout.data_rank(rank) + 1) * share)
+    out = owner.model({name: value[mine] for name, value in whole.items()})
+    out["loss"].backward()
+    assembly.replicas.sum_gradients(assembly.named_parameters())
+    gradients = {name: (assembly.rows.get(name), p.grad) for name, p in assembly.named_parameters().items()}
+    return float(out["loss"]), gradients, assembly.peak_held
+
+
+CASES = [(schedule, 2, 1, 4) for schedule in SCHEDULES] + [
+    *((schedule, 4, 1, 8) for schedule in SCHEDULES),
+    ("dualpipe", 4, 1, 7),
+    ("dualpipe", 2, 2, 4),
+    ("zb1p", 2, 2, 3),
+]
+
+
+@pytest.mark.parametrize(("schedule", "pipeline", "expert", "num_microbatches"), CASES)
+def test_gradients_are_those_of_the_uncut_model(
+    schedule: str, pipeline: int, expert: int, num_microbatches: int
+) -> None:
+    layout = ParallelLayout(pipeline * expert, pipeline=pipeline, expert=expert)
+    samples = num_microbatches * expert
+    loss, expected = uncut(samples)
+
+    results = run_ranks(layout.world, cut, schedule, layout, samples, num_microbatches)
+
+    seen = {name: torch.zeros(len(gradient), dtype=torch.bool) for name, gradient in expected.items()}
+    for rank_loss, gradients, _ in results:
+        assert rank_loss == pytest.approx(loss, rel=1e-12)
+        for name, (rows, gradient) in gradients.items():
+            rows = rows or range(len(expected[name]))
+            want = expected[name][rows.start : rows.stop]
+            scale = expected[name].abs().max().clamp(min=1e-30)
+            torch.testing.assert_close(gradient / scale, want / scale, rtol=0, atol=1e-10, msg=name)
+            seen[name][rows.start : rows.stop] = True
+    assert all(rows.all() for rows in seen.values()), "some parameter is on no rank"
+
+
+@pytest.mark.parametrize(("schedule", "expected"), [("dualpipe", 5), ("1f1b", 4), ("zb1p", 4), ("gpipe", 8)])
+def test_no_rank_holds_more_microbatches_than_its_schedule_says(schedule: str, expected: int) -> None:
+    """P + 1 for DualPipe, P for 1F1B and ZB1P, all for GPipe (table of DeepSeek's DualPipe repository)."""
+    results = run_ranks(4, cut, schedule, ParallelLayout(4, pipeline=4), 8, 8)
+    assert max(peak for _, _, peak in results) == expected
