@@ -11,7 +11,7 @@ numbers. Only the standard library is imported here; torch types appear in annot
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -132,6 +132,13 @@ class ReplicaAware(Protocol):
 
     def gradient_norm(self) -> Tensor:
         """Norm of the gradients of the whole model; the same on every rank."""
+        ...
+
+    def whole_tensors(self) -> Iterator[tuple[str, range | None, Tensor]]:
+        """On rank 0 every tensor of the whole LightningModule, by name; spread ones in pieces with their rows.
+
+        A collective: every rank iterates to the end.
+        """
         ...
 
 

@@ -7,7 +7,7 @@
 A rank owns a tensor if it is the lowest of those that hold it, so that everything travels once.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,24 @@ class CheckpointStore:
         """
         self._check(whole, strict=strict)
         return {name: self._rows_of(self.same_as.get(name, name), whole[name]) for name in names if name in whole}
+
+    def stream(self, local: Mapping[str, Any]) -> Iterator[tuple[str, range | None, Tensor]]:
+        """On rank 0 every tensor of the model once, by its first name; spread ones in several pieces with their rows.
+
+        A collective: every rank iterates to the end, the others to send. One tensor is held at a time.
+        """
+        firsts = {self.same_as[name]: name for name in local if name in self.same_as}
+        mine = sorted(first for first in firsts if first in self.owned)
+        for first in mine:
+            if self._is_rank_0:
+                yield first, self.rows.get(first), local[firsts[first]]
+            else:
+                self._send((first, self.rows.get(first), _to_cpu(local[firsts[first]])))
+        if not self._is_rank_0:
+            self._send(None)
+        for other in self._others:
+            while (piece := self._receive(other)) is not None:
+                yield piece
 
     # ---- optimizers ---------------------------------------------------------------------------
 
@@ -181,16 +199,27 @@ class CheckpointStore:
     def _from_all(self, mine: tuple[Any, ...]) -> Iterable[tuple[Any, ...]]:
         """What every rank passes, on rank 0, one rank at a time; on the others only their own."""
         yield mine
-        if self.group is None:
-            return
-        rank = dist.get_rank(self.group)
-        if rank:
-            dist.send_object_list([mine], group=self.group, group_dst=0)
-            return
-        for other in range(1, dist.get_world_size(self.group)):
-            box: list[Any] = [None]
-            dist.recv_object_list(box, group=self.group, group_src=other)
-            yield box[0]
+        if not self._is_rank_0:
+            self._send(mine)
+        for other in self._others:
+            yield self._receive(other)
+
+    @property
+    def _is_rank_0(self) -> bool:
+        return self.group is None or dist.get_rank(self.group) == 0
+
+    @property
+    def _others(self) -> range:
+        """The ranks that rank 0 hears from; nobody for the others."""
+        return range(1, dist.get_world_size(self.group)) if self.group is not None and self._is_rank_0 else range(0)
+
+    def _send(self, value: Any) -> None:
+        dist.send_object_list([value], group=self.group, group_dst=0)
+
+    def _receive(self, rank: int) -> Any:
+        box: list[Any] = [None]
+        dist.recv_object_list(box, group=self.group, group_src=rank)
+        return box[0]
 
     def _to_all(self, mine: tuple[Any, ...]) -> Sequence[tuple[Any, ...]]:
         if self.group is None:

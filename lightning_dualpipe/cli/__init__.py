@@ -64,8 +64,11 @@ def main(args: Sequence[str] | None = None) -> int:
             train(None if args is None else given)
         else:
             raise ConfigurationError(_unknown(first))
-    except (ConfigurationError, MissingPackageError) as error:
-        _explain(error)
+    except Exception as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        _explain(reason)
         return 2
     return 0
 
@@ -78,6 +81,15 @@ def _unknown(command: str) -> str:
     near = get_close_matches(command, _COMMANDS, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"commands are {', '.join(_COMMANDS)}"
     return f"there is no command {command!r}; {hint}"
+
+
+def _reason(error: BaseException | None) -> Exception | None:
+    """The error that was meant for the user; cleaning up after it may have raised others."""
+    while error is not None:
+        if isinstance(error, ConfigurationError | MissingPackageError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _explain(error: Exception) -> None:

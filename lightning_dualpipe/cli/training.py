@@ -8,20 +8,31 @@ exist only when the strategy has cut the model.
 """
 
 import logging
+import traceback
+import warnings
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero
 from typing_extensions import override
+
+from lightning_dualpipe.errors import ConfigurationError
 
 __all__ = ["TrainingCLI", "train"]
 
 
 def train(args: Sequence[str] | None = None) -> None:
-    """Run a command of the Trainer; ``args`` as in ``sys.argv[1:]``, which is what None means."""
+    """Run a command of the Trainer; ``args`` as in ``sys.argv[1:]``, which is what None means.
+
+    Raises:
+        ConfigurationError: what was asked for cannot run.
+    """
     logging.getLogger(rank_zero.__name__).addFilter(_is_no_advertisement)
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")  # in Lightning
     TrainingCLI(args=None if args is None else list(args))
 
 
@@ -48,9 +59,35 @@ class TrainingCLI(LightningCLI):
             }
         )
 
+    @override
+    def before_instantiate_classes(self) -> None:
+        """Lightning's own message for a misspelt strategy knows four names, none of them meant."""
+        name, known = self._get(self.config, "trainer.strategy"), ["auto", *StrategyRegistry.available_strategies()]
+        if isinstance(name, str) and name.lower() not in known:
+            near = get_close_matches(name.lower(), known, n=3) or known
+            raise ConfigurationError(f"trainer.strategy={name!r} is no strategy; did you mean {' or '.join(near)}?")
+
+    @override
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise _refusal(error) or error from None
+
     def predict(self, **kwargs: Any) -> None:
         """Nobody is there to receive the logits of all batches: they are for callbacks, a batch at a time."""
         self.trainer.predict(**{**kwargs, "return_predictions": bool(kwargs.get("return_predictions"))})
+
+
+def _refusal(error: Exception) -> ConfigurationError | None:
+    """The error of a constructor that jsonargparse tells of in the text of its own, at the level of each type."""
+    if isinstance(error, ConfigurationError):
+        return error
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        for inner in frame.f_locals.get("exceptions", ()):
+            if isinstance(inner, Exception) and (found := _refusal(inner)):
+                return found
+    return None
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:

@@ -1,11 +1,11 @@
 """Learning rates as functions of the optimizer steps and tokens so far.
 
-    report (arXiv:2412.19437, section 4.2)            cosine
-    2.2e-4 ┤   ┌──────────────────╮                   peak ┤  ╭──╮
-           │  ╱                    ╲                       │ ╱    ╲
-    2.2e-5 ┤ ╱                      ╲______                │╱      ╲
-    7.3e-6 ┤╱                              ─────    floor  ┤        ╲___
-            2K steps   10T       4.3T  333B  167B          warmup   total
+report (arXiv:2412.19437, section 4.2)            cosine
+2.2e-4 ┤   ┌──────────────────╮                   peak ┤  ╭──╮
+       │  ╱                    ╲                       │ ╱    ╲
+2.2e-5 ┤ ╱                      ╲______                │╱      ╲
+7.3e-6 ┤╱                              ─────    floor  ┤        ╲___
+        2K steps   10T       4.3T  333B  167B          warmup   total
 """
 
 import math

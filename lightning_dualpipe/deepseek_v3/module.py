@@ -10,6 +10,7 @@ without one.
 
 import math
 import os
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -24,8 +25,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from lightning_dualpipe.deepseek_v3.config import ConfigOverrides, DeepSeekV3Config, Preset
-from lightning_dualpipe.deepseek_v3.convert import load_pretrained, read_pretrained_config, save_pretrained
+from lightning_dualpipe.deepseek_v3.convert import load_pretrained, read_pretrained_config, read_token_ids
 from lightning_dualpipe.deepseek_v3.count import count_parameters
+from lightning_dualpipe.deepseek_v3.hf_names import Part, parts_of
+from lightning_dualpipe.deepseek_v3.hf_writer import save_weights
 from lightning_dualpipe.deepseek_v3.learning_rate import LearningRateSchedule, learning_rate_factor
 from lightning_dualpipe.deepseek_v3.model import Transformer
 from lightning_dualpipe.interface import Batch, ReplicaAware
@@ -132,11 +135,38 @@ class DeepSeekV3(LightningModule):
         return module
 
     def save_pretrained(
-        self, directory: str | Path, *, dtype: Literal["float32", "bfloat16"] = "bfloat16"
+        self,
+        directory: str | Path,
+        *,
+        dtype: Literal["float32", "bfloat16"] = "bfloat16",
+        max_shard_size: int | str = "5GB",
+        overwrite: bool = False,
     ) -> None:
-        """Write a Hugging Face directory that transformers and serving engines read."""
+        """Write a Hugging Face directory that transformers and serving engines read.
+
+        Under a strategy that spread the model over ranks, all of them call this; rank 0 writes.
+        """
         self.configure_model()
-        save_pretrained(self.model, directory, dtype=dtype)
+        ids = read_token_ids(self._pretrained) if self._pretrained is not None else None
+        strategy = self._trainer.strategy if self._trainer is not None else None
+        parts = parts_of(self.model)
+        if isinstance(strategy, ReplicaAware):
+            parts = (
+                Part(name.removeprefix("model."), tensor, rows.start if rows is not None else 0)
+                for name, rows, tensor in strategy.whole_tensors()
+            )
+            if not self.trainer.is_global_zero:
+                deque(parts, maxlen=0)  # send what this rank holds
+                return
+        save_weights(
+            parts,
+            self.config,
+            directory,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            token_ids=ids,
+        )
 
     def num_parameters(self, mtp: bool = False) -> int:
         """Of the whole model, whether or not it has been built; by default without multi-token prediction."""
@@ -288,7 +318,7 @@ class DeepSeekV3(LightningModule):
         return weights[max(reached)] if reached else self.config.mtp_loss_weight
 
     def _logs_now(self) -> bool:
-        every = self.trainer.log_every_n_steps
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return every > 0 and (self.trainer.global_step + 1) % every == 0
 
     def _total_steps(self) -> int:

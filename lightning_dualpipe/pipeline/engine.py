@@ -175,7 +175,7 @@ class Engine:
         found = [(tuple(value.shape), value.dtype) for value in values]
         declared = [(spec.shape, spec.dtype) for spec in specs]
         fits = len(found) == len(declared) and all(
-            shape == want and torch.promote_types(dtype, want_dtype) == want_dtype
+            shape == want and want_dtype is not None and torch.promote_types(dtype, want_dtype) == want_dtype
             for (shape, dtype), (want, want_dtype) in zip(found, declared, strict=True)
         )
         if not fits:

@@ -10,7 +10,7 @@ of the whole model.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +35,7 @@ def partition(layers: Sequence[Layer], num_stages: int) -> tuple[range, ...]:
         )
     costs = [sum(layers[index].cost for index in block) for block in blocks]
     bounds = _balanced_bounds(costs, num_stages)
-    return tuple(
-        range(blocks[start].start, blocks[stop - 1].stop) for start, stop in zip(bounds, bounds[1:], strict=False)
-    )
+    return tuple(range(blocks[start].start, blocks[stop - 1].stop) for start, stop in pairwise(bounds))
 
 
 def _uncuttable_blocks(layers: Sequence[Layer]) -> list[range]:

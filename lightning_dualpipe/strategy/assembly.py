@@ -1,10 +1,10 @@
 """Put together what one rank runs: its part of the model, the engine, and who else holds what.
 
-    find      the submodule that follows ``interface.PipelineModel``
-    cut       its layers into stages of equal cost; keep this rank's, replace the rest by placeholders
-    spread    experts over the ranks of the expert group
-    fill      memory and initial weights for what was built on the meta device
-    attach    the model's ``forward`` becomes the pipeline
+find      the submodule that follows ``interface.PipelineModel``
+cut       its layers into stages of equal cost; keep this rank's, replace the rest by placeholders
+spread    experts over the ranks of the expert group
+fill      memory and initial weights for what was built on the meta device
+attach    the model's ``forward`` becomes the pipeline
 """
 
 from collections.abc import Callable, Sequence
@@ -35,19 +35,20 @@ from lightning_dualpipe.schedules import Schedule, build_schedule
 __all__ = ["Assembly", "find_pipeline_model"]
 
 
-def find_pipeline_model(owner: nn.Module) -> PipelineModel:
-    """The outermost submodule of a LightningModule that a pipeline can cut.
+def find_pipeline_model(owner: nn.Module) -> tuple[nn.Module, PipelineModel]:
+    """The outermost submodule of a LightningModule that a pipeline can cut, once as each of the two things it is.
 
     Raises:
         ConfigurationError: there is none, or more than one.
     """
-    found: list[tuple[str, nn.Module]] = []
+    found: list[tuple[str, nn.Module, PipelineModel]] = []
     for name, module in owner.named_modules():
-        inside = any(not outer or name.startswith(f"{outer}.") for outer, _ in found)
-        if isinstance(module, PipelineModel) and not inside:
-            found.append((name, module))
+        inside = any(not outer or name.startswith(f"{outer}.") for outer, _, _ in found)
+        model: object = module
+        if isinstance(model, PipelineModel) and not inside:
+            found.append((name, module, model))
     if len(found) == 1:
-        return found[0][1]  # type: ignore[return-value]
+        return found[0][1:]
     who = type(owner).__name__
     if not found:
         raise ConfigurationError(
@@ -56,7 +57,7 @@ def find_pipeline_model(owner: nn.Module) -> PipelineModel:
             "GPT. If the model is built in configure_model or in setup, build it under the same attribute there"
         )
     raise ConfigurationError(
-        f"{who} has {len(found)} models that a pipeline could cut ({', '.join(name for name, _ in found)}); "
+        f"{who} has {len(found)} models that a pipeline could cut ({', '.join(name for name, _, _ in found)}); "
         "one can be trained at a time: keep one, or wrap them in a single one"
     )
 
@@ -71,9 +72,18 @@ class Part:
     made_for: tuple[object, ...]
 
     @classmethod
-    def cut(cls, owner: nn.Module, model: PipelineModel, placement: Schedule, *, rank: int, made_for: object) -> "Part":
+    def cut(
+        cls,
+        owner: nn.Module,
+        module: nn.Module,
+        model: PipelineModel,
+        placement: Schedule,
+        *,
+        rank: int,
+        made_for: tuple[object, ...],
+    ) -> "Part":
         """Cut ``model`` in place. A second Trainer with the same layout finds what the first one cut."""
-        before: Part | None = vars(model).get(_PART)
+        before: Part | None = vars(module).get(_PART)
         if before is not None:
             if before.made_for == made_for:
                 return before
@@ -85,8 +95,8 @@ class Part:
         stages = partition(layers, placement.num_stages)
         part = cls(layers, stages, Whole.of(owner, layers, stages), made_for)
         kept = [layers[index] for stage in placement.stages_on(rank) for index in stages[stage]]
-        keep_only(model, kept, layers)
-        vars(model)[_PART] = part
+        keep_only(module, kept, layers)
+        vars(module)[_PART] = part
         return part
 
 
@@ -115,14 +125,16 @@ class Assembly:
         convert: Callable[[nn.Module], nn.Module],
     ) -> None:
         self.owner = owner
-        self.model = find_pipeline_model(owner)
+        self._module, self.model = find_pipeline_model(owner)
         self._layout, self._groups = layout, groups
         self._rank, self._pipeline_rank = rank, layout.pipeline_rank(rank)
         # one rank has nothing to pass on; the plainest schedule then
         schedule_of = partial(build_schedule, "1f1b" if layout.pipeline == 1 else schedule, layout.pipeline)
         self._placement = schedule_of(2 * layout.pipeline)
         made_for = (schedule, layout, rank)
-        self.part = Part.cut(owner, self.model, self._placement, rank=self._pipeline_rank, made_for=made_for)
+        self.part = Part.cut(
+            owner, self._module, self.model, self._placement, rank=self._pipeline_rank, made_for=made_for
+        )
         self._spread_experts()
         self._fill(device)
         convert(owner)
@@ -160,11 +172,11 @@ class Assembly:
         for stage in self._stages.values():
             for module in {module for layer in stage.layers for module in layer.modules}:
                 self._undo.append(make_linears_deferrable(module, stage.weight_gradients))
-        vars(self.model)["forward"] = self._forward
+        vars(self._module)["forward"] = self._forward
 
     def detach(self) -> None:
         """The model as it was, less what other ranks hold."""
-        vars(self.model).pop("forward", None)
+        vars(self._module).pop("forward", None)
         while self._undo:
             self._undo.pop()()
 

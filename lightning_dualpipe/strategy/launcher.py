@@ -1,15 +1,18 @@
 """Start the ranks of one node, and see to it that none outlives the others.
 
     main process (local rank 0) ──starts──► ranks 1..n-1       the same script, as Lightning does
-        └─ observer thread: a rank that ended badly ends the run: a grace period in which the others
-           fail on their own and say why, then they are killed, and the first cause is printed
+        ├─ observer thread: when a rank has failed, the others get a moment to fail on their own and
+        │  say why; then they are ended. It ends this process too if that waits for one that is gone
+        └─ at exit: nobody is left behind, and the first cause is told last
     every other rank
-        └─ watches its parent: if the main process is gone, it goes too
+        └─ watches its parent: when the main process is gone, it goes too
 
-Under torchrun and SLURM those start and stop the ranks; only reports are written there.
+Under torchrun and SLURM those start and end the ranks; only reports are written there.
 """
 
 import atexit
+import math
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -23,116 +26,184 @@ from typing import Any
 
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.states import TrainerStatus
 from typing_extensions import override
 
-from lightning_dualpipe.strategy.failures import FOLDER_VARIABLE, first_cause, read_reports
+from lightning_dualpipe.strategy.failures import (
+    LocalRun,
+    first_cause,
+    has_reported,
+    read_reports,
+    report_uncaught_errors,
+    tell,
+)
+from lightning_dualpipe.strategy.interrupts import UnheardSignal
 
-__all__ = ["PipelineLauncher", "watch_parent"]
+__all__ = ["PipelineLauncher", "join_run"]
 
-_PARENT = "LIGHTNING_DUALPIPE_PARENT"
 _POLL_SECONDS = 0.2
-_GRACE_SECONDS = 5.0
+_GRACE_SECONDS = 6.0  # for ranks to fail on their own after the first one
+_PARTING_SECONDS = 1.0  # for ranks to end when the main process failed first: they cannot know it
+_FREED_SECONDS = 3.0  # for the main process to go on when the ranks it may have waited for are gone
+_LEAVING_SECONDS = 20.0  # for callbacks and exit handlers of a main process that is on its way out
+_PATIENCE_SECONDS = 10.0  # after which a main process that waits for others says so
 
 
 class PipelineLauncher(_SubprocessScriptLauncher):
     """Lightning's launcher by subprocesses, with an end that tells the reason."""
 
-    def __init__(self, cluster_environment: ClusterEnvironment, num_processes: int, num_nodes: int) -> None:
-        super().__init__(cluster_environment, num_processes, num_nodes)
-        self._observer: _Observer | None = None
-
     @override
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
-        if not self.cluster_environment.creates_processes_externally and not self.procs:
-            folder = Path(tempfile.mkdtemp(prefix="lightning-dualpipe-"))
-            os.environ[FOLDER_VARIABLE], os.environ[_PARENT] = str(folder), str(os.getpid())
+        if not self.cluster_environment.creates_processes_externally:
+            run = LocalRun(os.getpid(), Path(tempfile.mkdtemp(prefix="lightning-dualpipe-")))
+            run.announce()
             self._call_children_scripts()
-            self._observer = _Observer(self.procs, folder)
-            self._observer.start()
+            rank = self.cluster_environment.node_rank() * self.num_processes
+            report_uncaught_errors(rank=rank)
+            _Observer(trainer, run.folder, rank, self.procs).start()
         _set_num_threads_if_needed(num_processes=self.num_processes)
         return function(*args, **kwargs)
 
 
 class _Observer(threading.Thread):
-    """Ends the run when a rank has failed. Whoever comes first, this thread or the exit of the main process, tells."""
+    """Ends the run when a rank has failed. This thread tells why only if the main process cannot do so at its exit."""
 
-    def __init__(self, processes: list[subprocess.Popen[bytes]], folder: Path) -> None:
+    def __init__(self, trainer: Trainer, folder: Path, rank: int, processes: list[subprocess.Popen[bytes]]) -> None:
         super().__init__(daemon=True, name="rank-observer")
-        self._processes = processes
+        self._trainer = trainer
         self._folder = folder
-        self._died: dict[int, int] = {}
-        self._told = threading.Lock()
+        self._rank = rank  # of the main process
+        self._processes = dict(enumerate(processes, start=rank + 1))
+        self._signal = UnheardSignal()
+        self._ended: dict[int, int | None] = {}  # exit codes of the ranks that ended on their own
+        self._exiting = threading.Event()
+        self._taking_stock = threading.Lock()
+        self._telling = threading.Lock()
         atexit.register(self._at_exit)
 
     @override
     def run(self) -> None:
         while not self._failed():
-            if all(process.returncode == 0 for process in self._processes):
+            if not self._running():
                 return
-            time.sleep(_POLL_SECONDS)
-        deadline = time.monotonic() + _GRACE_SECONDS
-        while time.monotonic() < deadline and self._alive():
-            self._failed()
-            time.sleep(_POLL_SECONDS)
-        time.sleep(_POLL_SECONDS)  # the main process may be on its way out: its own traceback comes first
-        self._end()
-        if (self._folder / "rank-0.json").exists():
-            return  # it failed by itself; its exit tells
-        if self._tell():  # it hangs in a collective that will never complete
-            os._exit(1)
+            self._signal.wait(_POLL_SECONDS)
+        atexit.register(self._exiting.set)  # the last to be registered is the first to run
+        self._wait(_GRACE_SECONDS, lambda: not self._running())
+        self._end_ranks()
+        self._wait(_FREED_SECONDS, self._reported)
+        if self._trainer.state.status == TrainerStatus.INTERRUPTED:  # its callbacks are at work
+            self._wait(_LEAVING_SECONDS, self._reported)
+        if self._reported():  # it has noticed; a script may catch the error and go on, so only its exit is limited
+            self._exiting.wait()
+            time.sleep(_LEAVING_SECONDS)
+        self._tell()
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        sys.stdout.flush()
+        os._exit(1)
 
     def _failed(self) -> bool:
-        """Whether any rank has failed; remembers how those that ended did."""
-        for rank, process in enumerate(self._processes, start=1):
-            if process.poll():
-                self._died.setdefault(rank, process.returncode)
-        return bool(self._died) or any(self._folder.glob("rank-*.json"))
+        """Whether any rank has failed, this one included, or this one is to end and cannot."""
+        self._take_stock()
+        unheard = self._signal.seconds() > _GRACE_SECONDS
+        return unheard or any(self._ended.values()) or any(self._folder.glob("rank-*.json"))
 
-    def _alive(self) -> bool:
-        return any(process.poll() is None for process in self._processes)
+    def _reported(self) -> bool:
+        """Whether the main process knows that it fails."""
+        return has_reported(self._folder, self._rank)
 
-    def _end(self) -> None:
-        for process in self._processes:
-            if process.poll() is None:
+    def _running(self) -> list[int]:
+        """The ranks that have not ended."""
+        self._take_stock()
+        return [rank for rank, process in self._processes.items() if process.returncode is None]
+
+    def _take_stock(self) -> None:
+        with self._taking_stock:
+            for rank, process in self._processes.items():
+                if rank not in self._ended and process.poll() is not None:
+                    self._ended[rank] = process.returncode
+
+    def _wait(self, seconds: float, until: Callable[[], object]) -> None:
+        deadline = time.monotonic() + seconds
+        while not until() and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS / 4)
+
+    def _end_ranks(self) -> None:
+        self._take_stock()
+        with self._taking_stock:  # what ends from here on did not end on its own
+            for process in self._processes.values():
                 process.kill()
-        for process in self._processes:
-            process.wait()
+                process.wait()
+            self._processes = {rank: self._processes[rank] for rank in self._ended}
 
-    def _tell(self) -> bool:
-        """Print the first cause, once; whether there was one."""
-        if not self._told.acquire(blocking=False):
-            return False
-        cause = first_cause(read_reports(self._folder), self._died) if self._folder.exists() else None
+    def _tell(self) -> None:
+        """The first cause, if there is one; by the first that comes here."""
+        if not self._telling.acquire(blocking=False):
+            return
+        cause = first_cause(read_reports(self._folder), self._ended)
+        if cause is None and self._signal.seconds():
+            cause = f"stopped by a signal while rank {self._rank} waited for another rank"
         shutil.rmtree(self._folder, ignore_errors=True)
         if cause is not None:
-            sys.stdout.flush()
-            print(f"\nlightning-dualpipe: {cause}", file=sys.stderr, flush=True)
-        return cause is not None
+            tell(cause)
 
     def _at_exit(self) -> None:
-        if self._failed():
-            deadline = time.monotonic() + _GRACE_SECONDS
-            while time.monotonic() < deadline and self._alive():
-                self._failed()
-                time.sleep(_POLL_SECONDS)
-            self._end()
-        failed_itself = (self._folder / "rank-0.json").exists()
-        if self._tell() and not failed_itself:
+        if not self._failed() and self._running():
+            self._wait(_PATIENCE_SECONDS, lambda: self._failed() or not self._running())
+            if self._running() and not self._failed():
+                tell(f"rank {self._rank} has ended and waits for ranks {self._running()}; Ctrl+C ends them")
+                self._wait(math.inf, lambda: self._failed() or not self._running())
+        failed = self._failed()
+        causes = [report for report in read_reports(self._folder) if report.kind != "lost peer"]
+        mine = bool(causes) and causes[0].rank == self._rank
+        self._wait(_PARTING_SECONDS if mine else _GRACE_SECONDS, lambda: not self._running())
+        self._end_ranks()
+        reported = self._reported()
+        self._tell()
+        if failed and not reported:
             os._exit(1)  # else the exit code would say that all went well
 
 
-def watch_parent() -> None:
-    """End this process when the main process that started it is gone. Does nothing in the main process."""
-    parent = os.environ.get(_PARENT)
-    if parent is None or int(parent) == os.getpid() or int(parent) != os.getppid():
-        return
+def join_run(rank: int) -> None:
+    """For every rank to call before anything else can go wrong. What the launcher above started ends with its parent."""
+    run = LocalRun.announced()
+    if run is None:
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:
+            report_uncaught_errors(rank=rank)
+    elif run.started_this_process():
+        if _WATCH not in {thread.name for thread in threading.enumerate()}:
+            report_uncaught_errors(rank=rank)
+            threading.Thread(target=_watch_parent, args=(run, rank), daemon=True, name=_WATCH).start()
+    elif not _is_running(run.main):  # it ended before this rank came here
+        _leave(run, rank)
 
-    def watch() -> None:
-        while os.getppid() == int(parent):
-            time.sleep(1.0)
-        print("lightning-dualpipe: the main process (rank 0) is gone; this rank ends", file=sys.stderr, flush=True)
-        os._exit(1)
 
-    threading.Thread(target=watch, daemon=True, name="parent-watch").start()
+_WATCH = "parent-watch"
+
+
+def _watch_parent(run: LocalRun, rank: int) -> None:
+    while os.getppid() == run.main:
+        time.sleep(_POLL_SECONDS)
+    _leave(run, rank)
+
+
+def _leave(run: LocalRun, rank: int) -> None:
+    """End a rank whose main process is gone."""
+    main_rank = rank - int(os.environ["LOCAL_RANK"])
+    cause = first_cause(read_reports(run.folder), {main_rank: None})
+    shutil.rmtree(run.folder, ignore_errors=True)
+    tell(f"{cause}; rank {rank} ends")
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(1)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True

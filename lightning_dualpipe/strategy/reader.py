@@ -7,7 +7,8 @@ files; a loader whose order depends on the process's random state cannot make th
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,10 +18,10 @@ from torch import Tensor
 __all__ = ["PipelineReader"]
 
 
-class _Slot(NamedTuple):
+@dataclass(frozen=True)
+class _Slot:
     """Where a tensor was taken out of a batch."""
 
-    index: int
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -52,7 +53,7 @@ class PipelineReader:
 
             def take_out(tensor: Tensor, tensors: list[Tensor] = tensors) -> _Slot:
                 tensors.append(tensor.detach().cpu().contiguous())
-                return _Slot(len(tensors) - 1, tuple(tensor.shape), tensor.dtype)
+                return _Slot(tuple(tensor.shape), tensor.dtype)
 
             skeleton = apply_to_collection(batch, Tensor, take_out)
             self._broadcast_object((True, skeleton))

@@ -11,7 +11,7 @@ What a rank holds is decided by ``strategy.assembly``; who reads the data by ``s
 """
 
 import types
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -37,7 +37,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from lightning_utilities.core.rank_zero import rank_zero_only as utilities_rank_zero_only
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -49,11 +49,21 @@ from lightning_dualpipe.parallel.layout import ParallelLayout
 from lightning_dualpipe.schedules import SCHEDULES
 from lightning_dualpipe.strategy.assembly import Assembly
 from lightning_dualpipe.strategy.failures import report_failure
-from lightning_dualpipe.strategy.launcher import PipelineLauncher, watch_parent
+from lightning_dualpipe.strategy.interrupts import stop_between_batches
+from lightning_dualpipe.strategy.launcher import PipelineLauncher, join_run
 from lightning_dualpipe.strategy.model_summary import summarize_the_whole_model
 from lightning_dualpipe.strategy.reader import PipelineReader
 
 __all__ = ["DualPipeStrategy"]
+
+
+_REDUCTIONS = {
+    "mean": dist.ReduceOp.SUM,  # and then divided: gloo has no mean
+    "avg": dist.ReduceOp.SUM,
+    "sum": dist.ReduceOp.SUM,
+    "max": dist.ReduceOp.MAX,
+    "min": dist.ReduceOp.MIN,
+}
 
 
 class DualPipeStrategy(ParallelStrategy):
@@ -120,6 +130,11 @@ class DualPipeStrategy(ParallelStrategy):
         return ParallelLayout(world=self.world_size, pipeline=pipeline, expert=self.expert_parallel_size)
 
     @property
+    def _module(self) -> LightningModule:
+        assert self.lightning_module is not None, "the Trainer connects a module before it calls its strategy"
+        return self.lightning_module
+
+    @property
     def groups(self) -> Groups:
         assert self._groups is not None, "process groups exist after setup_environment"
         return self._groups
@@ -172,6 +187,7 @@ class DualPipeStrategy(ParallelStrategy):
 
     @override
     def _configure_launcher(self) -> None:
+        join_run(self.global_rank)
         self._check_run()
         assert self.cluster_environment is not None
         if self.world_size > 1 and not self.cluster_environment.creates_processes_externally:
@@ -181,7 +197,7 @@ class DualPipeStrategy(ParallelStrategy):
         if self.cluster_environment is not None:
             self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
             self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
-        rank_zero_only.rank = utilities_rank_zero_only.rank = self.global_rank
+        rank_zero_only.rank = utilities_rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
 
     def _check_run(self) -> None:
         """Everything that can be known to be wrong before a process is started."""
@@ -208,7 +224,6 @@ class DualPipeStrategy(ParallelStrategy):
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
-        watch_parent()
         self.set_world_ranks()
         assert self.cluster_environment is not None
         if self.world_size > 1 and not _distributed_is_initialized():
@@ -226,7 +241,7 @@ class DualPipeStrategy(ParallelStrategy):
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
         """On the meta device if the model can initialise itself by name; it gets memory after it is cut."""
-        by_name = any(isinstance(module, InitializesWeights) for module in self.lightning_module.modules())
+        by_name = any(isinstance(module, InitializesWeights) for module in self._module.modules())
         device = torch.device("meta") if by_name and self.world_size > 1 else self.root_device
         with device, self.precision_plugin.tensor_init_context():
             yield
@@ -240,6 +255,7 @@ class DualPipeStrategy(ParallelStrategy):
     def setup(self, trainer: Trainer) -> None:
         assert self.accelerator is not None and self.lightning_module is not None
         self.accelerator.setup(trainer)
+        stop_between_batches(trainer)
         if self.assembly is None or self.assembly.owner is not self.lightning_module:
             self.assembly = Assembly(
                 self.lightning_module,
@@ -276,7 +292,7 @@ class DualPipeStrategy(ParallelStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        module = self.lightning_module
+        module = self._module
         if module.automatic_optimization:
             first = module.trainer.fit_loop.epoch_loop.batch_idx % module.trainer.accumulate_grad_batches == 0
             if first:  # Lightning clears them only after this call: until then they would take memory twice
@@ -286,15 +302,15 @@ class DualPipeStrategy(ParallelStrategy):
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self.lightning_module.validation_step(*args, **kwargs)
+        return self._module.validation_step(*args, **kwargs)
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self.lightning_module.test_step(*args, **kwargs)
+        return self._module.test_step(*args, **kwargs)
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self.lightning_module.predict_step(*args, **kwargs)
+        return self._module.predict_step(*args, **kwargs)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -370,14 +386,10 @@ class DualPipeStrategy(ParallelStrategy):
         group = self.groups.data if group is None else group
         if not isinstance(tensor, Tensor) or self._alone or group is None:
             return tensor
-        named = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
-        mean = reduce_op is None or (isinstance(reduce_op, str) and reduce_op.lower() in ("mean", "avg"))
-        if mean:
-            op = dist.ReduceOp.SUM
-        else:
-            op = named[reduce_op.lower()] if isinstance(reduce_op, str) else reduce_op
+        name = "mean" if reduce_op is None else reduce_op.lower() if isinstance(reduce_op, str) else None
+        mean = name in ("mean", "avg")
         reduced = tensor.clone()
-        dist.all_reduce(reduced, op=op, group=group)
+        dist.all_reduce(reduced, op=reduce_op if name is None else _REDUCTIONS[name], group=group)
         return reduced / dist.get_world_size(group) if mean else reduced
 
     @override
@@ -419,9 +431,7 @@ class DualPipeStrategy(ParallelStrategy):
         return self.assembly.store.local_optimizer_state(optimizer)
 
     @override
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
         """Rank 0 writes one file, complete and in the form that ``strategy="auto"`` writes."""
         if self._alone and self.world_size > 1:
             rank_zero_warn(
@@ -435,6 +445,14 @@ class DualPipeStrategy(ParallelStrategy):
             states = checkpoint["optimizer_states"]
             checkpoint["optimizer_states"] = [self.assembly.store.whole_optimizer_state(state) for state in states]
         super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+
+    def whole_tensors(self) -> Iterator[tuple[str, range | None, Tensor]]:
+        """On rank 0 every tensor of the whole LightningModule, by name; spread ones in pieces with their rows.
+
+        A collective: every rank iterates to the end.
+        """
+        assert self.assembly is not None and self.lightning_module is not None
+        return self.assembly.store.stream(self.lightning_module.state_dict())
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

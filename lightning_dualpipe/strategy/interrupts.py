@@ -1,0 +1,71 @@
+"""Signals, where Python or Lightning alone would leave the run hanging.
+
+A Python signal handler runs between two instructions of the main thread. While that thread waits in
+C++ for another rank, Ctrl+C does nothing: ``UnheardSignal`` tells another thread of it. And what
+Lightning's own handler does on SIGTERM, a broadcast in the middle of whatever the rank was doing,
+crosses the collectives of ranks that have not got the signal yet: ``stop_between_batches`` leaves it out.
+"""
+
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+__all__ = ["UnheardSignal", "stop_between_batches"]
+
+
+class UnheardSignal:
+    """Notices a signal that the main thread does not get to handle. Made on the main thread."""
+
+    def __init__(self) -> None:
+        self._ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        self._theirs = theirs  # kept open
+        self._since: tuple[float, Any] | None = None
+        if threading.current_thread() is not threading.main_thread():
+            return
+        previous = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        if previous != -1:  # somebody else, such as asyncio, listens already
+            signal.set_wakeup_fd(previous)
+        else:
+            os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+
+    def wait(self, seconds: float) -> None:
+        """For the next signal, at most this long."""
+        if not select.select([self._ours], [], [], seconds)[0]:
+            return
+        if {signal.SIGINT, signal.SIGTERM} & set(self._ours.recv(64)) and self._since is None:
+            self._since = (time.monotonic(), _position())
+
+    def seconds(self) -> float:
+        """How long the main thread has not moved since a signal to end."""
+        if self._since is None:
+            return 0.0
+        since, position = self._since
+        if position != _position():  # its handler has run
+            self._since = None
+            return 0.0
+        return time.monotonic() - since
+
+
+def _position() -> tuple[int, int]:
+    """Where the main thread is."""
+    frame = sys._current_frames()[threading.main_thread().ident or 0]
+    return id(frame), frame.f_lasti
+
+
+def stop_between_batches(trainer: Trainer) -> None:
+    """SIGTERM leaves a note. Rank 0's is passed on at the start of every batch, where all ranks stop together."""
+    connector = trainer._signal_connector
+
+    def note(number: int, frame: FrameType | None) -> None:
+        connector.received_sigterm = True
+
+    connector._sigterm_notifier_fn = note  # type: ignore[method-assign,assignment]
