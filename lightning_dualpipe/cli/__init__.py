@@ -8,11 +8,9 @@ whose import takes seconds. It is also where a run ends that cannot work: a Conf
 written for the person at the keyboard, who has no use for a traceback of this library.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
-from pathlib import Path
 
 from lightning_dualpipe import __version__
 from lightning_dualpipe.errors import ConfigurationError, MissingPackageError
@@ -93,17 +91,20 @@ def _reason(error: BaseException | None) -> Exception | None:
 
 
 def _explain(error: Exception) -> None:
-    if not _told_by_launcher():
+    if not _launcher_will_tell(error):
         lines = [str(error), *getattr(error, "__notes__", ())]
         sys.stderr.write("lightning-dualpipe: error: " + "\n".join(lines) + "\n")
 
 
-def _told_by_launcher() -> bool:
-    """Whether the ranks were started by this package and this one's failure lies before the process that started
-    them: it prints the first cause once, when all are gone."""
-    if "lightning_dualpipe.strategy.failures" not in sys.modules:  # so no strategy has failed
+def _launcher_will_tell(error: Exception) -> bool:
+    """Where this package started the ranks, the main process prints the first cause, once, when all are gone."""
+    if "lightning_dualpipe.strategy.launcher" not in sys.modules:  # so it has started none
         return False
-    from lightning_dualpipe.strategy.failures import FOLDER_VARIABLE
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-    folder = os.environ.get(FOLDER_VARIABLE)
-    return folder is not None and (Path(folder) / f"rank-{os.environ.get('LOCAL_RANK', 0)}.json").exists()
+    from lightning_dualpipe.strategy.failures import LocalRun, report_failure
+
+    if LocalRun.joined() is None:
+        return False
+    report_failure(error, rank=getattr(rank_zero_only, "rank", 0))  # in case it was raised outside of the Trainer
+    return True

@@ -19,7 +19,7 @@ COSTS = [(2, 2, 2), (2, 2, 1), (3, 3, 2)]  # F = I >= W, where the whole table i
 
 
 def sizes(num_ranks):
-    return (2 * num_ranks, 2 * num_ranks + 4, 5 * num_ranks + 2 * (num_ranks % 2))
+    return (2 * num_ranks, 2 * num_ranks + 6)
 
 
 @pytest.mark.parametrize("num_ranks", range(2, 17))
