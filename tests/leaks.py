@@ -98,11 +98,11 @@ class Leaks:
 
     def _threads(self) -> Iterable[str]:
         def new() -> list[threading.Thread]:
-            # A dummy is a thread of torch's that once ran Python; tqdm keeps one monitor for good.
-            kinds = {"_DummyThread", "TMonitor"}
-            return [
-                thread for thread in set(threading.enumerate()) - self.threads if type(thread).__name__ not in kinds
-            ]
+            # A thread of torch's that once ran Python; tqdm's one monitor; Lightning's watch over its
+            # ranks, which looks every 5 s whether any is left.
+            kinds = {"_DummyThread", "TMonitor", "_ChildProcessObserver"}
+            now = set(threading.enumerate())
+            return [thread for thread in now - self.threads if type(thread).__name__ not in kinds]
 
         yield from (f"thread runs: {thread}" for thread in _gone_within(2, new))
 

@@ -19,6 +19,7 @@ def draw_losses(train: Curve, validation: Curve, path: Path) -> Path:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise MissingPackageError(
             'pictures need matplotlib: pip install "lightning-dualpipe[draw]"; the numbers are in the metrics log'
@@ -28,13 +29,14 @@ def draw_losses(train: Curve, validation: Curve, path: Path) -> Path:
     if train:
         axes.plot(*zip(*train, strict=True), color="#7d9fd3", linewidth=1.2, label="training")
     if validation:
-        axes.plot(*zip(*validation, strict=True), color="#2b2b2b", marker="o", markersize=4, label="validation")
-        step, loss = validation[-1]
-        axes.annotate(f"{loss:.3f}", (step, loss), xytext=(0, 8), textcoords="offset points", ha="right")
-    axes.set(xlabel="optimizer steps", ylabel="loss, nats per token", xlim=(0, None))
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+        axes.plot(*zip(*validation, strict=True), color="#d9822b", marker="o", markersize=4, label="validation")
+        steps, loss = validation[-1]
+        axes.annotate(f"{loss:.3f}", (steps, loss), xytext=(0, 8), textcoords="offset points", ha="right")
     if train or validation:
         axes.legend(frameon=False)
+    axes.set(xlabel="optimizer steps", ylabel="loss, nats per token", xlim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     return path

@@ -37,7 +37,7 @@ class RunReport(Callback):
 
     def __init__(self) -> None:
         self.training: list[tuple[int, float]] = []
-        """(optimizer steps, loss), every ``log_every_n_steps``"""
+        """(optimizer steps, loss): the first step, then every ``log_every_n_steps``"""
         self.validation: list[tuple[int, float]] = []
         """(optimizer steps, loss), after each validation"""
 
@@ -45,7 +45,7 @@ class RunReport(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if report_is_due(trainer, last=self.training[-1][0] if self.training else 0):
+        if not self.training or report_is_due(trainer, last=self.training[-1][0]):
             self._record(self.training, trainer, *_TRAINING_LOSSES)
 
     @override

@@ -24,20 +24,21 @@ class Throughput(Callback):
     """
 
     def __init__(self) -> None:
-        self._rate = TokenRate()
+        self.rate = TokenRate()
         self._length = 0
         self._reported_at = 0
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._rate = TokenRate()
+        self.rate.pause()
+        self.rate.lap()  # of an earlier fit
         self._reported_at = trainer.global_step
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._rate.run()
+        self.rate.run()
         if tokens := num_tokens(batch):
-            self._rate.add(tokens)
+            self.rate.add(tokens)
             self._length = batch["input_ids"].shape[-1]
 
     @override
@@ -47,7 +48,7 @@ class Throughput(Callback):
         if not report_is_due(trainer, last=self._reported_at):
             return
         self._reported_at = trainer.global_step
-        tokens, seconds = self._rate.lap()
+        tokens, seconds = self.rate.lap()
         if tokens == 0 or seconds <= 0:
             return
         # every data rank has its own tokens; the strategy knows which ranks those are
@@ -62,12 +63,12 @@ class Throughput(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._rate.pause()
+        self.rate.pause()
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._rate.run()
+            self.rate.run()
 
 
 def _compute_dtype(trainer: Trainer) -> torch.dtype:

@@ -18,7 +18,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.utilities.distributed import (
@@ -33,21 +32,20 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from lightning_utilities.core.rank_zero import rank_zero_only as utilities_rank_zero_only
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.interface import InitializesWeights
 from lightning_dualpipe.parallel.grad_norm import clip_, gradient_norm
 from lightning_dualpipe.parallel.groups import Groups
 from lightning_dualpipe.parallel.layout import ParallelLayout
-from lightning_dualpipe.schedules import SCHEDULES
 from lightning_dualpipe.strategy.assembly import Assembly
+from lightning_dualpipe.strategy.checks import check_arguments, check_run
+from lightning_dualpipe.strategy.collectives import PipelineCollectives
 from lightning_dualpipe.strategy.failures import report_failure
 from lightning_dualpipe.strategy.interrupts import stop_between_batches
 from lightning_dualpipe.strategy.launcher import PipelineLauncher, join_run
@@ -57,16 +55,7 @@ from lightning_dualpipe.strategy.reader import PipelineReader
 __all__ = ["DualPipeStrategy"]
 
 
-_REDUCTIONS = {
-    "mean": dist.ReduceOp.SUM,  # and then divided: gloo has no mean
-    "avg": dist.ReduceOp.SUM,
-    "sum": dist.ReduceOp.SUM,
-    "max": dist.ReduceOp.MAX,
-    "min": dist.ReduceOp.MIN,
-}
-
-
-class DualPipeStrategy(ParallelStrategy):
+class DualPipeStrategy(PipelineCollectives):
     """Trains one model over several processes: pipeline, data and expert parallelism.
 
     The world of processes is ``pipeline_parallel_size`` x data-parallel size. Experts are spread over
@@ -79,7 +68,7 @@ class DualPipeStrategy(ParallelStrategy):
             ``1f1b`` or ``gpipe``.
         num_microbatches: pieces of a batch; ``"auto"`` takes the smallest divisor of the batch size that
             is at least twice the pipeline size. More pieces mean a smaller idle share.
-        overlap: run the forward and the backward of a pair at once where the model allows it.
+        overlap: reserved: in this version the forward and the backward of a pair always run one after the other.
         process_group_backend: ``nccl`` on GPUs and ``gloo`` on CPUs by default.
         timeout: how long a collective may wait before the run is given up.
     """
@@ -101,7 +90,7 @@ class DualPipeStrategy(ParallelStrategy):
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
-        _check_arguments(pipeline_parallel_size, expert_parallel_size, schedule, num_microbatches)
+        check_arguments(pipeline_parallel_size, expert_parallel_size, schedule, num_microbatches)
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -135,6 +124,7 @@ class DualPipeStrategy(ParallelStrategy):
         return self.lightning_module
 
     @property
+    @override
     def groups(self) -> Groups:
         assert self._groups is not None, "process groups exist after setup_environment"
         return self._groups
@@ -188,7 +178,13 @@ class DualPipeStrategy(ParallelStrategy):
     @override
     def _configure_launcher(self) -> None:
         join_run(self.global_rank)
-        self._check_run()
+        check_run(
+            self.schedule,
+            self.layout,
+            devices=self.parallel_devices or [],
+            precision=str(self.precision_plugin.precision),
+            syncs_batchnorm=getattr(self, "_layer_sync", None) is not None,
+        )
         assert self.cluster_environment is not None
         if self.world_size > 1 and not self.cluster_environment.creates_processes_externally:
             self._launcher = PipelineLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
@@ -198,28 +194,6 @@ class DualPipeStrategy(ParallelStrategy):
             self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
             self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
         rank_zero_only.rank = utilities_rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
-
-    def _check_run(self) -> None:
-        """Everything that can be known to be wrong before a process is started."""
-        problems = self.layout.problems()
-        if self.schedule == "dualpipe" and self.layout.pipeline > 1 and self.layout.pipeline % 2:
-            problems.append(
-                f"dualpipe needs an even number of pipeline ranks, got {self.layout.pipeline}; "
-                f"use schedule='dualpipev', which takes any, or pipeline_parallel_size={self.layout.pipeline - 1}"
-            )
-        if any(device.type == "mps" for device in self.parallel_devices or []):
-            problems.append("MPS devices cannot talk to one another; use accelerator='cpu' or CUDA devices")
-        if getattr(self, "_layer_sync", None) is not None:
-            problems.append(
-                "sync_batchnorm=True has no meaning here: microbatches of one batch never meet in a layer; remove it"
-            )
-        if str(self.precision_plugin.precision).startswith("16"):
-            problems.append(
-                f"precision={self.precision_plugin.precision!r} would let ranks skip different steps, and sums of "
-                "losses overflow float16; use precision='bf16-mixed' or 'bf16-true'"
-            )
-        if problems:
-            raise ConfigurationError.of(f"strategy {self.schedule!r} cannot run", problems)
 
     @override
     def setup_environment(self) -> None:
@@ -245,11 +219,6 @@ class DualPipeStrategy(ParallelStrategy):
         device = torch.device("meta") if by_name and self.world_size > 1 else self.root_device
         with device, self.precision_plugin.tensor_init_context():
             yield
-
-    @override
-    @contextmanager
-    def model_sharded_context(self) -> Generator[None, None, None]:
-        yield  # overridden, so that Trainer.init_module says what it cannot do
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -351,59 +320,6 @@ class DualPipeStrategy(ParallelStrategy):
         named = {name: p for name, p in self.assembly.named_parameters().items() if id(p) in wanted}
         clip_(named, clip_val, self.assembly.replicas, group=self.groups.world)
 
-    # ---- collectives --------------------------------------------------------------------------
-    # After an interrupt other ranks may never come: every collective becomes a no-op.
-
-    @property
-    def _alone(self) -> bool:
-        if not _distributed_is_initialized() or self.world_size == 1:
-            return True
-        trainer = self.lightning_module._trainer if self.lightning_module is not None else None
-        return trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
-
-    @override
-    def barrier(self, name: str | None = None) -> None:
-        if self._alone:
-            return
-        if dist.get_backend() == "nccl":
-            dist.barrier(device_ids=[self.root_device.index])
-        else:
-            dist.barrier()
-
-    @override
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        if self._alone:
-            return obj
-        box = [obj]
-        dist.broadcast_object_list(box, src)
-        return box[0]
-
-    @override
-    def reduce(
-        self, tensor: Tensor | Any, group: Any | None = None, reduce_op: dist.ReduceOp | str | None = "mean"
-    ) -> Tensor | Any:
-        """Over the data ranks unless a group is given: within a pipeline all ranks have the same value."""
-        group = self.groups.data if group is None else group
-        if not isinstance(tensor, Tensor) or self._alone or group is None:
-            return tensor
-        name = "mean" if reduce_op is None else reduce_op.lower() if isinstance(reduce_op, str) else None
-        mean = name in ("mean", "avg")
-        reduced = tensor.clone()
-        dist.all_reduce(reduced, op=reduce_op if name is None else _REDUCTIONS[name], group=group)
-        return reduced / dist.get_world_size(group) if mean else reduced
-
-    @override
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        if self._alone:
-            return decision
-        votes = torch.tensor(int(decision), device=self.root_device)
-        dist.all_reduce(votes)
-        return bool(votes == self.world_size) if all else bool(votes)
-
-    @override
-    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
-        return tensor if self._alone else super().all_gather(tensor, group=group, sync_grads=sync_grads)
-
     # ---- data ---------------------------------------------------------------------------------
 
     @override
@@ -484,28 +400,3 @@ class DualPipeStrategy(ParallelStrategy):
         self.precision_plugin.teardown()
         self.accelerator.teardown()
         self.checkpoint_io.teardown()
-
-    @classmethod
-    @override
-    def register_strategies(cls, strategy_registry: Any) -> None:
-        for name in ("dualpipe", "dualpipev"):
-            if name not in strategy_registry:
-                strategy_registry.register(name, cls, description=f"{name} pipeline parallelism", schedule=name)
-
-
-def _check_arguments(
-    pipeline: int | Literal["auto"], expert: int, schedule: str, num_microbatches: int | Literal["auto"]
-) -> None:
-    problems = [
-        f"{name}={value!r} must be a positive whole number{or_auto}"
-        for name, value, or_auto in (
-            ("pipeline_parallel_size", pipeline, " or 'auto'"),
-            ("expert_parallel_size", expert, ""),
-            ("num_microbatches", num_microbatches, " or 'auto'"),
-        )
-        if not (or_auto and value == "auto") and not (isinstance(value, int) and value > 0)
-    ]
-    if schedule not in SCHEDULES:
-        problems.append(f"schedule={schedule!r} is not one of {', '.join(SCHEDULES)}")
-    if problems:
-        raise ConfigurationError.of("DualPipeStrategy cannot be built", problems)

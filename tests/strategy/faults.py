@@ -1,0 +1,70 @@
+"""Ways for one rank of a program to fail, named by the environment variable PROGRAM_FAULT.
+
+    PROGRAM_FAULT='{"place": "training_step", "rank": 1, "what": "raise_"}'
+
+A program calls ``fault.reached(place, step)``; at step STEP of that rank it happens. ``fault.json`` says
+when, so that a test can tell how long the others took to end.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+STEP = 5
+
+
+class Fault:
+    def __init__(self, place: str = "nowhere", rank: int = 0, what: str = "raise_") -> None:
+        self.place, self.rank, self.what = place, rank, what
+
+    def reached(self, place: str, step: int = STEP) -> None:
+        rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0)))
+        if (place, rank, step) == (self.place, self.rank, STEP) and not Path("fault.json").exists():
+            Path("fault.json").write_text(json.dumps(time.time()))
+            getattr(self, self.what)()
+
+    def raise_(self) -> None:
+        raise ArithmeticError("the sky is falling")
+
+    def import_(self) -> None:
+        import no_such_package  # type: ignore[import-not-found]  # noqa: F401
+
+    def leave(self) -> None:
+        sys.exit(0)
+
+    def hang(self) -> None:
+        """As in a collective that never completes: in C, where no Python signal handler runs."""
+        ctypes.CDLL(None).sleep(600)
+
+    def die(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def kill_main(self) -> None:
+        os.kill(os.getppid(), signal.SIGKILL)
+
+    def kill_main_and_hang(self) -> None:
+        self.kill_main()
+        self.hang()
+
+    def press_ctrl_c(self) -> None:
+        """A terminal sends it to all processes of its group; and again, out of impatience."""
+        for _ in range(3):
+            os.killpg(0, signal.SIGINT)
+            time.sleep(0.02)
+
+    def interrupt_main(self) -> None:
+        os.kill(os.getppid(), signal.SIGINT)
+
+    def interrupt_main_and_hang(self) -> None:
+        self.interrupt_main()
+        self.hang()
+
+    def terminate_main(self) -> None:
+        os.kill(os.getppid(), signal.SIGTERM)
+
+
+fault = Fault(**json.loads(os.environ.get("PROGRAM_FAULT", "{}")))
