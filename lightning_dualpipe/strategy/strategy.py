@@ -7,11 +7,12 @@
     clipping        by the norm of the whole model, each parameter counted once
     checkpoints     one file, as ``strategy="auto"`` would have written it
 
-What a rank holds is decided by ``strategy.assembly``; who reads the data by ``strategy.reader``.
+What a rank holds is decided by ``strategy.assembly``, who reads the data by ``strategy.reader``; the
+base classes talk to other ranks (``collectives``) and read and write checkpoints.
 """
 
 import types
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -27,13 +28,11 @@ from lightning.fabric.utilities.distributed import (
 )
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states, pl_worker_init_function
-from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_utilities.core.rank_zero import rank_zero_only as utilities_rank_zero_only
 from torch import Tensor
 from torch.optim import Optimizer
@@ -44,8 +43,8 @@ from lightning_dualpipe.parallel.grad_norm import clip_, gradient_norm
 from lightning_dualpipe.parallel.groups import Groups
 from lightning_dualpipe.parallel.layout import ParallelLayout
 from lightning_dualpipe.strategy.assembly import Assembly
+from lightning_dualpipe.strategy.checkpoints import PipelineCheckpoints
 from lightning_dualpipe.strategy.checks import check_arguments, check_run
-from lightning_dualpipe.strategy.collectives import PipelineCollectives
 from lightning_dualpipe.strategy.failures import report_failure
 from lightning_dualpipe.strategy.interrupts import stop_between_batches
 from lightning_dualpipe.strategy.launcher import PipelineLauncher, join_run
@@ -55,7 +54,7 @@ from lightning_dualpipe.strategy.reader import PipelineReader
 __all__ = ["DualPipeStrategy"]
 
 
-class DualPipeStrategy(PipelineCollectives):
+class DualPipeStrategy(PipelineCheckpoints):
     """Trains one model over several processes: pipeline, data and expert parallelism.
 
     The world of processes is ``pipeline_parallel_size`` x data-parallel size. Experts are spread over
@@ -104,7 +103,7 @@ class DualPipeStrategy(PipelineCollectives):
         self.num_microbatches = num_microbatches
         self.overlap = overlap
         self.num_nodes = 1
-        self.assembly: Assembly | None = None
+        self.assembly = None
         self._backend = process_group_backend
         self._timeout = timeout or default_pg_timeout
         self._groups: Groups | None = None
@@ -331,58 +330,6 @@ class DualPipeStrategy(PipelineCollectives):
             )
         group = self.groups.pipeline_host
         return dataloader if group is None else PipelineReader(dataloader, group)
-
-    # ---- checkpoints --------------------------------------------------------------------------
-
-    @property
-    @override
-    def restore_checkpoint_after_setup(self) -> bool:
-        return True
-
-    @override
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        assert self.assembly is not None
-        if isinstance(optimizer, LightningOptimizer):
-            optimizer = optimizer._optimizer
-        return self.assembly.store.local_optimizer_state(optimizer)
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
-        """Rank 0 writes one file, complete and in the form that ``strategy="auto"`` writes."""
-        if self._alone and self.world_size > 1:
-            rank_zero_warn(
-                f"{filepath} is not written: the run was interrupted and other ranks may be gone, so their part of "
-                "the model cannot be collected. The last regular checkpoint is intact."
-            )
-            return
-        assert self.assembly is not None
-        checkpoint["state_dict"] = self.assembly.store.whole_state_dict(checkpoint["state_dict"])
-        if "optimizer_states" in checkpoint:
-            states = checkpoint["optimizer_states"]
-            checkpoint["optimizer_states"] = [self.assembly.store.whole_optimizer_state(state) for state in states]
-        super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
-
-    def whole_tensors(self) -> Iterator[tuple[str, range | None, Tensor]]:
-        """On rank 0 every tensor of the whole LightningModule, by name; spread ones in pieces with their rows.
-
-        A collective: every rank iterates to the end.
-        """
-        assert self.assembly is not None and self.lightning_module is not None
-        return self.assembly.store.stream(self.lightning_module.state_dict())
-
-    @override
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        assert self.assembly is not None and self.lightning_module is not None
-        names = self.lightning_module.state_dict()
-        local = self.assembly.store.local_state_dict(checkpoint["state_dict"], names, strict=strict)
-        self.lightning_module.load_state_dict(local, strict=strict)
-
-    @override
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        assert self.assembly is not None
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            optimizer.load_state_dict(self.assembly.store.local_part_of_optimizer_state(optimizer, state))
-        _optimizers_to_device(self.optimizers, self.root_device)
 
     # ---- the end ------------------------------------------------------------------------------
 

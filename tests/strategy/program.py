@@ -7,7 +7,7 @@ Rank 0 writes its losses to ``losses.json`` after every step.
 
 import argparse
 import json
-import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,12 +87,11 @@ def train(arguments: Sequence[str] | None = None) -> list[float]:
 
 
 def main() -> None:
-    if "--careless" not in os.sys.argv:
-        train()
-        return
     try:
-        train(os.sys.argv)
+        train()
     except Exception as error:
+        if "--careless" not in sys.argv:
+            raise
         print("caught", type(error).__name__, flush=True)
 
 
@@ -105,6 +104,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--save", action="store_true")
     parser.add_argument("--resume")
+    parser.add_argument("--careless", action="store_true", help="catch every error and go on")
     return parser.parse_args(arguments)
 
 

@@ -1,0 +1,74 @@
+"""Checkpoints of a strategy whose ranks hold parts of a model: one file, as ``strategy="auto"`` would have written it."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_dualpipe.strategy.assembly import Assembly
+from lightning_dualpipe.strategy.collectives import PipelineCollectives
+
+__all__ = ["PipelineCheckpoints"]
+
+
+class PipelineCheckpoints(PipelineCollectives):
+    """Collects what the ranks hold, and hands each its part; ``checkpoint.store`` does the work."""
+
+    assembly: Assembly | None
+    """This rank's part of the model, once the Trainer has set it up."""
+
+    @property
+    @override
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        assert self.assembly is not None
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer._optimizer
+        return self.assembly.store.local_optimizer_state(optimizer)
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+        """Rank 0 writes one file, complete and in the form that ``strategy="auto"`` writes."""
+        if self._alone and self.world_size > 1:
+            rank_zero_warn(
+                f"{filepath} is not written: the run was interrupted and other ranks may be gone, so their part of "
+                "the model cannot be collected. The last regular checkpoint is intact."
+            )
+            return
+        assert self.assembly is not None
+        checkpoint["state_dict"] = self.assembly.store.whole_state_dict(checkpoint["state_dict"])
+        if "optimizer_states" in checkpoint:
+            states = checkpoint["optimizer_states"]
+            checkpoint["optimizer_states"] = [self.assembly.store.whole_optimizer_state(state) for state in states]
+        super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+
+    def whole_tensors(self) -> Iterator[tuple[str, range | None, Tensor]]:
+        """On rank 0 every tensor of the whole LightningModule, by name; spread ones in pieces with their rows.
+
+        A collective: every rank iterates to the end.
+        """
+        assert self.assembly is not None and self.lightning_module is not None
+        return self.assembly.store.stream(self.lightning_module.state_dict())
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.assembly is not None and self.lightning_module is not None
+        names = self.lightning_module.state_dict()
+        local = self.assembly.store.local_state_dict(checkpoint["state_dict"], names, strict=strict)
+        self.lightning_module.load_state_dict(local, strict=strict)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        assert self.assembly is not None
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(self.assembly.store.local_part_of_optimizer_state(optimizer, state))
+        _optimizers_to_device(self.optimizers, self.root_device)
