@@ -34,10 +34,11 @@ class BatchSizeRamp:
 
     start: int
     end: int
-    tokens: int
+    tokens: int | float  # 469e9 reads better than its digits
     increment: int = 1
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", round(self.tokens))
         problems = []
         if not 1 <= self.start <= self.end:
             problems.append(f"start={self.start}, end={self.end}: 1 <= start <= end is needed")
@@ -109,12 +110,12 @@ class GlobalBatches:
 
     def _level(self, sample: int) -> int:
         """How many increments the batch size has seen when ``sample`` begins a step."""
-        passed = sample * self.sequence_length * self.ramp.num_increments // self.ramp.tokens
+        passed = sample * self.sequence_length * self.ramp.num_increments // int(self.ramp.tokens)
         return min(passed, self.ramp.num_increments)
 
     def _level_start(self, level: int) -> int:
         """The first sample with at least ``level`` increments."""
-        return -(-level * self.ramp.tokens // (self.sequence_length * self.ramp.num_increments))
+        return -(-level * int(self.ramp.tokens) // (self.sequence_length * self.ramp.num_increments))
 
     def _level_size(self, level: int) -> int:
         return (self.ramp.start + level * self.ramp.increment) * self.num_ranks

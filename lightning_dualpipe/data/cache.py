@@ -35,7 +35,7 @@ __all__ = ["TokenCache", "tokenised"]
 
 VERSION = 1
 DOCUMENT = np.dtype([("end", "<i8"), ("id", "<u8")])
-BATCH = 4 << 20  # characters given to the tokenizer at once
+BATCH = 8 << 20  # characters given to the tokenizer at once, which may use a thread for each piece
 REPORT_SECONDS = 10
 
 _log = logging.getLogger(__name__)

@@ -34,7 +34,7 @@ TEXT_SUFFIXES = frozenset(f"{PROSE_SUFFIXES} {CODE_SUFFIXES}".split())
 
 LINE_SUFFIXES = frozenset({".jsonl", ".ndjson"})
 NOT_THE_LIBRARY = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
-BLOCK = 4 << 20  # bytes decoded at once; a longer document comes in several pieces, cut after a line
+BLOCK = 1 << 20  # bytes decoded at once; a longer document comes in several pieces, cut after a line
 
 _log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from lightning_dualpipe.data.cache import TokenCache, tokenised
 from lightning_dualpipe.data.corpus import find_sources
 from lightning_dualpipe.data.loaders import EvaluationLoader, Reader, TrainingLoader
 from lightning_dualpipe.data.order import SampleOrder
-from lightning_dualpipe.data.packing import PackedSequences, Runs, split_documents
+from lightning_dualpipe.data.packing import PackedSequences, Runs, check_lengths, split_documents
 from lightning_dualpipe.data.tokenizers import Tokenizer, load_tokenizer
 from lightning_dualpipe.errors import ConfigurationError
 
@@ -103,7 +103,12 @@ class TextDataModule(LightningDataModule):
         self._splits = split_documents(
             self._cache.documents(), seed=self.seed, validation_fraction=self.validation_fraction
         )
-        self._check_lengths()
+        check_lengths(
+            *self._splits,
+            sequence_length=self.sequence_length,
+            validation_fraction=self.validation_fraction,
+            path=self.path,
+        )
         if stage in (None, TrainerFn.FITTING):
             rank_zero_info(f"{self}")
             if self.trainer is not None and _steps_finished(self.trainer) == 0:  # a new run begins at the beginning
@@ -238,25 +243,6 @@ class TextDataModule(LightningDataModule):
         return sha256(repr(order).encode()).hexdigest()[:16]
 
     # ---- checks -------------------------------------------------------------------------------
-
-    def _check_lengths(self) -> None:
-        assert self._cache is not None
-        total, needed = self._cache.num_tokens, self.sequence_length + 1
-        if total == 0:
-            raise ConfigurationError(f"path={self.path}: the corpus has no text; all its files are empty")
-        problems = [
-            f"the {name} split has {runs.num_tokens:,} of {total:,} tokens, and one sequence takes {needed:,}"
-            for name, runs, wanted in zip(
-                ("training", "validation"), self._splits or (), (True, self.validation_fraction > 0), strict=True
-            )
-            if wanted and runs.num_tokens < needed
-        ]
-        if problems:
-            raise ConfigurationError.of(
-                f"sequence_length={self.sequence_length} and validation_fraction={self.validation_fraction} leave no "
-                "sequence: choose smaller sequences, another fraction (0: no validation) or a larger corpus",
-                problems,
-            )
 
     def _check_all_ranks_have(self, cache: TokenCache) -> None:
         """Nodes may differ in their files, and Python's own sources in their version."""

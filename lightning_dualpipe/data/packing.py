@@ -27,13 +27,15 @@ from torch.utils.data import Dataset
 
 from lightning_dualpipe.data.cache import TokenCache
 from lightning_dualpipe.data.order import SampleOrder, mix
+from lightning_dualpipe.errors import ConfigurationError
 
-__all__ = ["PackedSequences", "Runs", "split_documents"]
+__all__ = ["PackedSequences", "Runs", "check_lengths", "split_documents"]
 
 Integers = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 
 CHUNK = 1 << 20  # documents looked at together
+LOWER_BITS = np.uint64(48)  # of a hash; the upper 16 divide documents into groups
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def split_documents(documents: npt.NDArray[np.void], *, seed: int, validation_fr
     threshold, partly = _validation_rule(documents, seed, wanted)
     kept, held_out = [], []
     for index, starts, lengths, hashes in _in_chunks(documents, seed):
-        out = np.where(hashes >> _LOW_BITS < threshold, lengths, 0)
+        out = np.where(hashes >> LOWER_BITS < threshold, lengths, 0)
         for document, length in partly.items():
             if index <= document < index + len(out):
                 out[document - index] = length
@@ -92,26 +94,22 @@ def split_documents(documents: npt.NDArray[np.void], *, seed: int, validation_fr
     return Runs.joined(kept), Runs.joined(held_out)
 
 
-_LOW_BITS = np.uint64(48)
-
-
 def _validation_rule(documents: npt.NDArray[np.void], seed: int, wanted: int) -> tuple[np.uint64, dict[int, int]]:
-    """Which documents are for validation, so that they have ``wanted`` tokens.
+    """Which documents are for validation, so that they have ``wanted`` tokens: (group, some of its documents).
 
-    All whose hash has less than so much in its upper bits, and those whose upper bits equal it, few enough
-    to be sorted, in a dictionary: index, and how many of the last tokens. Sorting all would take more
-    memory than a corpus of 10^8 documents should.
+    All of the groups before this one are. Of the documents in it, few enough to be sorted, the second value
+    says how many of their last tokens are, by index. Sorting all would take 64 bytes a document.
     """
     tokens_of = np.zeros(1 << 16)
     for _, _, lengths, hashes in _in_chunks(documents, seed):
-        tokens_of += np.bincount((hashes >> _LOW_BITS).astype(np.int64), weights=lengths, minlength=len(tokens_of))
+        tokens_of += np.bincount((hashes >> LOWER_BITS).astype(np.int64), weights=lengths, minlength=len(tokens_of))
     below = np.concatenate([[0], np.cumsum(tokens_of)]).astype(np.int64)
     threshold = np.uint64(np.searchsorted(below[1:], wanted, side="right"))  # one past the last where all are taken
     left = wanted - int(below[threshold])
     candidates = [
         (int(hashes[place]), index + int(place), int(lengths[place]))
         for index, _, lengths, hashes in _in_chunks(documents, seed)
-        for place in np.flatnonzero(hashes >> _LOW_BITS == threshold)
+        for place in np.flatnonzero(hashes >> LOWER_BITS == threshold)
     ]
     partly = {}
     for _, document, length in sorted(candidates):
@@ -129,6 +127,27 @@ def _in_chunks(documents: npt.NDArray[np.void], seed: int) -> Iterator[tuple[int
         lengths = np.diff(chunk["end"], prepend=start)
         yield index, chunk["end"] - lengths, lengths, mix(chunk["id"] ^ key)
         start = int(chunk["end"][-1])
+
+
+def check_lengths(
+    train: Runs, validation: Runs, *, sequence_length: int, validation_fraction: float, path: object
+) -> None:
+    """Raise where a split that is wanted has not one sequence."""
+    total, needed = train.num_tokens + validation.num_tokens, sequence_length + 1
+    if total == 0:
+        raise ConfigurationError(f"path={path}: the corpus has no text; all its files are empty")
+    wanted = {"training": train} | ({"validation": validation} if validation_fraction else {})
+    problems = [
+        f"the {name} split has {runs.num_tokens:,} of {total:,} tokens, and one sequence takes {needed:,}"
+        for name, runs in wanted.items()
+        if runs.num_tokens < needed
+    ]
+    if problems:
+        raise ConfigurationError.of(
+            f"sequence_length={sequence_length} and validation_fraction={validation_fraction} leave no sequence: "
+            "choose shorter sequences, another fraction (0: no validation) or a larger corpus",
+            problems,
+        )
 
 
 @dataclass

@@ -44,71 +44,81 @@ class _Blockwise(torch.autograd.Function):
         ctx.save_for_backward(q_BTHC, k_BTHC, v_BTHV)
         ctx.scale = scale
         y_BTHV = torch.empty_like(v_BTHV, memory_format=torch.contiguous_format)
-        mask = _above_diagonal(q_BTHC)
+        mask, blocks = _above_diagonal(q_BTHC), _blocks(q_BTHC.shape[1])
         for group in _groups(q_BTHC):
-            q, k, v = (_heads(x, group) for x in (q_BTHC, k_BTHC, v_BTHV))
-            q = q * scale
-            y = torch.empty_like(v, memory_format=torch.contiguous_format)
-            for rows in _blocks(q):
+            q, k, v = (_wide(_heads(x, group)) for x in (q_BTHC, k_BTHC, v_BTHV))
+            q, y = q * scale, _heads(y_BTHV, group)
+            for rows in blocks:
                 y[:, rows] = torch.bmm(_probabilities(q, k, rows, mask), v[:, : rows.stop])
-            _heads(y_BTHV, group, widen=False).copy_(y)
         return y_BTHV
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTHV: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         inputs = ctx.saved_tensors
-        dq, dk, dv = grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
-        mask = _above_diagonal(inputs[0])
-        for group in _groups(inputs[0]):
-            q, k, v, g = (_heads(x, group) for x in (*inputs, grad_BTHV))
-            for grad, own in zip(grads, _group_backward(q * ctx.scale, k, v, g, mask), strict=True):
-                _heads(grad, group, widen=False).copy_(own)
-        return dq.mul_(ctx.scale), dk, dv, None
+        dq_BTHC, dk_BTHC, dv_BTHV = grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+        mask, blocks = _above_diagonal(grad_BTHV), _blocks(grad_BTHV.shape[1])
+        for group in _groups(grad_BTHV):
+            q, k, v, g = (_wide(_heads(x, group)) for x in (*inputs, grad_BTHV))
+            _group_backward(q * ctx.scale, k, v, g, mask, blocks, [_heads(grad, group) for grad in grads])
+        return dq_BTHC.mul_(ctx.scale), dk_BTHC, dv_BTHV, None
 
 
-def _group_backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of scaled queries, keys and values [G, T, ..].
+def _group_backward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, mask: Tensor, blocks: list[slice], grads: list[Tensor]
+) -> None:
+    """Write the gradients of scaled queries, keys and values [G, T, ..] into ``grads``.
 
-    No ``out=`` into slices: products of a batch are one call only where the result is contiguous.
+    No ``out=`` into slices: products of a batch are one call only where the result is contiguous. The last
+    block comes first because it sees all keys, so that the others add to what it returns.
     """
-    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    for rows in _blocks(q):
-        seen = slice(0, rows.stop)
+    dq, dk, dv = grads
+    dk_sum = dv_sum = torch.empty(0)
+    for rows in reversed(blocks):
         probabilities = _probabilities(q, k, rows, mask)
-        dv[:, seen] += torch.bmm(probabilities.mT, g[:, rows])
-        dp = torch.bmm(g[:, rows], v[:, seen].mT)
-        ds = torch.ops.aten._softmax_backward_data(dp, probabilities, -1, dp.dtype)
-        dq[:, rows] = torch.bmm(ds, k[:, seen])
-        dk[:, seen] += torch.bmm(ds.mT, q[:, rows])
-    return dq, dk, dv
+        ds = torch.bmm(g[:, rows], v[:, : rows.stop].mT)
+        dv_rows = torch.bmm(probabilities.mT, g[:, rows])
+        ds = torch.ops.aten._softmax_backward_data(ds, probabilities, -1, ds.dtype)
+        dq[:, rows] = torch.bmm(ds, k[:, : rows.stop])
+        dk_rows = torch.bmm(ds.mT, q[:, rows])
+        if rows is blocks[-1]:
+            dk_sum, dv_sum = dk_rows, dv_rows
+        else:
+            dk_sum[:, : rows.stop].add_(dk_rows)
+            dv_sum[:, : rows.stop].add_(dv_rows)
+    dk.copy_(dk_sum)
+    dv.copy_(dv_sum)
 
 
 def _probabilities(q: Tensor, k: Tensor, rows: slice, mask: Tensor) -> Tensor:
     scores = torch.bmm(q[:, rows], k[:, : rows.stop].mT)
     size = scores.shape[1]
-    scores[:, :, rows.start :] += mask[:size, :size]
+    scores[:, :, rows.start :].add_(mask[:size, :size])
     return scores.softmax(-1)
 
 
 def _groups(x_BTHC: Tensor) -> Iterator[tuple[int, slice]]:
     """(sequence, heads) of one pass."""
     num_sequences, num_positions, num_heads, _ = x_BTHC.shape
-    size = min(num_heads, max(1, _IN_CACHE // (_ROWS * max(1, num_positions))))
+    if num_positions == 0:
+        return
+    size = min(num_heads, max(1, _IN_CACHE // (_ROWS * num_positions)))
     for sequence in range(num_sequences):
         for head in range(0, num_heads, size):
             yield sequence, slice(head, head + size)
 
 
-def _heads(x_BTHC: Tensor, group: tuple[int, slice], *, widen: bool = True) -> Tensor:
-    """``x_GTC`` of a group, a view unless it is widened."""
+def _heads(x_BTHC: Tensor, group: tuple[int, slice]) -> Tensor:
+    """``x_GTC``, a view."""
     sequence, heads = group
-    x_GTC = x_BTHC[sequence, :, heads].transpose(0, 1)
-    return x_GTC.to(torch.promote_types(x_GTC.dtype, torch.float32)) if widen else x_GTC
+    return x_BTHC[sequence, :, heads].transpose(0, 1)
 
 
-def _blocks(x_GTC: Tensor) -> list[slice]:
-    num_positions = x_GTC.shape[1]
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _blocks(num_positions: int) -> list[slice]:
     return [slice(start, min(start + _ROWS, num_positions)) for start in range(0, num_positions, _ROWS)]
 
 

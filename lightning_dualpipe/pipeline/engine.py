@@ -15,7 +15,7 @@ from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.interface import Batch, PipelineModel, TensorSpec, Values
 from lightning_dualpipe.pipeline.stage import Stage
 from lightning_dualpipe.pipeline.transport import Transport
-from lightning_dualpipe.schedules import Action, Compute, Exchange, Kind, Message, Schedule, lower
+from lightning_dualpipe.schedules import Action, Compute, Exchange, Instruction, Kind, Message, Schedule, lower
 
 __all__ = ["Engine"]
 
@@ -127,9 +127,10 @@ class Engine:
         self._transport.finish()
         assert not self._values, f"computed but never used: {sorted(map(str, self._values))}"
 
-    def _program(self, num_microbatches: int, training: bool) -> Sequence[Compute | Exchange]:
+    def _program(self, num_microbatches: int, training: bool) -> Sequence[Instruction]:
         schedule = self._schedule_of(num_microbatches)
-        return lower(schedule if training else schedule.forward_only())[self.rank].instructions
+        lowered = lower(schedule if training else schedule.forward_only())[self.rank]
+        return self._transport.arrange(lowered.instructions)
 
     def _declared(self, batch: Batch) -> tuple[TensorSpec, ...]:
         return tuple(TensorSpec(spec.shape, spec.dtype or self.dtype) for spec in self.model.boundary(batch))

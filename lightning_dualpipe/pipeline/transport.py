@@ -3,10 +3,12 @@
 Which messages travel, and when each end posts them, was decided when the schedule was lowered
 (``schedules.exchange``); here they only become sends and receives. NCCL matches operations of two
 ranks by order alone, so one exchange is one batch, built in the same order on both ends. gloo
-matches by tag. A receive is waited for where its tensors are used, a send at the end of the step.
+matches by tag, so there a receive may be posted before its exchange, and is: what is sent then need
+not wait until its receiver asks for it. A receive is waited for where its tensors are used, a send
+at the end of the step.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_dualpipe.interface import TensorSpec
-from lightning_dualpipe.schedules import Message
+from lightning_dualpipe.schedules import Exchange, Instruction, Message
 
 __all__ = ["Transport"]
 
@@ -27,6 +29,10 @@ class Transport:
     device: torch.device
     _arriving: dict[Message, tuple[list[dist.Work], tuple[Tensor, ...]]] = field(default_factory=dict)
     _leaving: list[tuple[dist.Work, Tensor]] = field(default_factory=list)
+
+    def arrange(self, instructions: Sequence[Instruction]) -> tuple[Instruction, ...]:
+        """A rank's program with its receives where this transport should post them."""
+        return tuple(instructions) if self._in_batches else tuple(_receiving_early(instructions))
 
     def exchange(
         self,
@@ -46,7 +52,7 @@ class Transport:
             tensors = tuple(torch.empty(spec.shape, dtype=spec.dtype, device=self.device) for spec in specs)
             self._arriving[message] = ([], tensors)
             incoming += [(message, index, tensor) for index, tensor in enumerate(tensors) if tensor.numel()]
-        if dist.get_backend(self.group) == "nccl":
+        if self._in_batches:
             self._post_batch(outgoing, incoming)
         else:
             self._post_tagged(outgoing, incoming)
@@ -64,6 +70,11 @@ class Transport:
             work.wait()
         self._leaving.clear()
         assert not self._arriving, f"received but never used: {list(map(str, self._arriving))}"
+
+    @property
+    def _in_batches(self) -> bool:
+        """Of a backend other than gloo nothing is taken for granted but the order."""
+        return self.group is not None and dist.get_backend(self.group) != "gloo"
 
     def _post_tagged(
         self, outgoing: list[tuple[Message, int, Tensor]], incoming: list[tuple[Message, int, Tensor]]
@@ -94,6 +105,19 @@ class Transport:
         for message, _, _ in incoming:
             self._arriving[message][0].extend(works)
         self._leaving.extend((work, tensor) for _, _, tensor in outgoing for work in works)
+
+
+def _receiving_early(instructions: Sequence[Instruction]) -> Iterator[Instruction]:
+    """Each exchange posts the receives of the one after it; those of the first come before everything."""
+    exchanges = [instruction for instruction in instructions if isinstance(instruction, Exchange)]
+    following = iter([*exchanges, Exchange((), ())])
+    if exchanges:
+        yield Exchange((), next(following).receives)
+    for instruction in instructions:
+        if isinstance(instruction, Exchange):
+            yield Exchange(instruction.sends, next(following).receives)
+        else:
+            yield instruction
 
 
 _TENSORS_PER_MESSAGE = 64

@@ -1,4 +1,4 @@
-"""Checkpoints of a strategy whose ranks hold parts of a model: one file, as ``strategy="auto"`` would have written it."""
+"""Checkpoints of ranks that hold parts of a model: one file, as ``strategy="auto"`` would have written it."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

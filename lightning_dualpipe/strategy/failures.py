@@ -12,6 +12,7 @@ the reason. So every rank writes down how it ends, and whoever is left at last t
     SLURM       nobody: each rank's own traceback is all there is
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -70,6 +71,7 @@ class Report:
     kind: Literal["error", "interrupt", "lost peer"]
     error: str  # type and message
     text: str  # with traceback
+    shown: bool = False  # whether the rank itself has printed the text
 
 
 def report_failure(error: BaseException, *, rank: int) -> None:
@@ -81,7 +83,7 @@ def report_failure(error: BaseException, *, rank: int) -> None:
         run = LocalRun.joined()
         if run is not None and not (path := _path(run.folder, rank)).exists():
             partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(asdict(report)))
+            partial.write_text(json.dumps({name: value for name, value in asdict(report).items() if name != "shown"}))
             partial.replace(path)
         if (torchrun := os.environ.get("TORCHELASTIC_ERROR_FILE")) and not Path(torchrun).exists():
             Path(torchrun).write_text(json.dumps(_for_torchrun(report)))
@@ -90,25 +92,31 @@ def report_failure(error: BaseException, *, rank: int) -> None:
 
 
 def report_uncaught_errors(*, rank: int) -> None:
-    """From now on, errors outside of a Trainer are reported too.
+    """From now on, errors outside of a Trainer are reported too, and it is known whose traceback was printed.
 
-    Where somebody will tell the first cause, a rank that merely lost a peer says so in one line.
+    Where somebody will tell the first cause, a rank that merely lost a peer prints one line only.
     """
     usual, run = sys.excepthook, LocalRun.joined()
 
     def report(kind: type[BaseException], error: BaseException, place: TracebackType | None) -> None:
         report_failure(error, rank=rank)
-        if run is None or _kind(error) != "lost peer":
-            usual(kind, error, place)
-        else:
+        if run is not None and _kind(error) == "lost peer":
             tell(f"rank {rank} ends because it lost its connection to another rank")
+            return
+        usual(kind, error, place)
+        if run is not None:
+            with contextlib.suppress(OSError):  # the folder may be gone
+                _path(run.folder, rank).with_suffix(".shown").touch()
 
     sys.excepthook = report
 
 
 def read_reports(folder: Path) -> list[Report]:
     """In the order in which ranks failed."""
-    reports = [Report(**json.loads(path.read_text())) for path in folder.glob("rank-*.json")]
+    reports = [
+        Report(**json.loads(path.read_text()), shown=path.with_suffix(".shown").exists())
+        for path in folder.glob("rank-*.json")
+    ]
     return sorted(reports, key=lambda report: report.when)
 
 
@@ -130,12 +138,12 @@ def first_cause(reports: list[Report], ended: Mapping[int, int | None]) -> str |
     silent = {rank: code for rank, code in ended.items() if code != 0 and rank not in reported}
     if silent:  # those killed by a signal, whose code is negative, before those that exited
         rank = min(silent, key=lambda rank: (silent[rank] or 0, rank))
-        return f"rank {rank} {_fate(silent[rank])}; the other ranks ended because it was gone"
+        return f"rank {rank} {_fate(silent[rank])}"
     if not reports:
         return None
     left = [f"rank {rank} had left with exit code 0" for rank, code in ended.items() if code == 0]
     hint = "; ".join(left) or "the cause is on another node, whose output tells it"
-    return f"rank {reports[0].rank} lost its connection to another rank; {hint}\n{reports[0].text.rstrip()}"
+    return f"rank {reports[0].rank} lost its connection to another rank; {hint}. {reports[0].error}"
 
 
 def tell(message: str) -> None:
@@ -151,7 +159,8 @@ def _cause(causes: list[Report]) -> str:
     who = f"rank{'s' * (len(alike) > 1)} {', '.join(map(str, alike))}"
     if first.kind == "interrupt":
         return f"{who} stopped by {'SIGINT' if first.error == 'KeyboardInterrupt' else 'SIGTERM'}"
-    return f"{who} failed{' first' * (len(alike) == 1)}:\n{first.text.rstrip()}"
+    summary = f"{who} failed{' first' * (len(alike) == 1)}: {first.error}"
+    return summary if first.shown or first.text == first.error else f"{first.text.rstrip()}\n{summary}"
 
 
 def _fate(code: int | None) -> str:

@@ -17,8 +17,12 @@ from types import FrameType
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-__all__ = ["UnheardSignal", "stop_between_batches"]
+from lightning_dualpipe.strategy.failures import LocalRun
+
+__all__ = ["UnheardSignal", "exit_as_terminated", "stop_between_batches"]
 
 
 class UnheardSignal:
@@ -62,10 +66,22 @@ def _position() -> tuple[int, int]:
 
 
 def stop_between_batches(trainer: Trainer) -> None:
-    """SIGTERM leaves a note. Rank 0's is passed on at the start of every batch, where all ranks stop together."""
-    connector = trainer._signal_connector
+    """SIGTERM, to whichever rank, leaves a note with all ranks of the node: Lightning stops after the batch."""
+    connector, run = trainer._signal_connector, LocalRun.joined()
 
     def note(number: int, frame: FrameType | None) -> None:
+        if connector.received_sigterm:
+            return
         connector.received_sigterm = True
+        if run is not None and run.main != os.getpid():
+            os.kill(run.main, number)
+        elif isinstance(launcher := trainer.strategy.launcher, _SubprocessScriptLauncher):
+            launcher.kill(number)
 
     connector._sigterm_notifier_fn = note  # type: ignore[method-assign,assignment]
+
+
+def exit_as_terminated(exception: BaseException) -> None:
+    """A run that SIGTERM has stopped ends with the code a shell gives it; Lightning's 0 would pass for success."""
+    if isinstance(exception, SIGTERMException) and exception.code is None:
+        exception.code = 128 + signal.SIGTERM

@@ -45,6 +45,7 @@ __all__ = ["PipelineLauncher", "join_run"]
 
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 6.0  # for ranks to fail on their own after the first one
+_UNHEARD_SECONDS = 4.0  # for the main process to come to where it can handle a signal
 _PARTING_SECONDS = 1.0  # for ranks to end when the main process failed first: they cannot know it
 _FREED_SECONDS = 3.0  # for the main process to go on when the ranks it may have waited for are gone
 _LEAVING_SECONDS = 20.0  # for callbacks and exit handlers of a main process that is on its way out
@@ -75,6 +76,7 @@ class _Observer(threading.Thread):
         super().__init__(daemon=True, name="rank-observer")
         self._trainer = trainer
         self._folder = folder
+        self._main = os.getpid()
         self._rank = rank  # of the main process
         self._processes = dict(enumerate(processes, start=rank + 1))
         self._signal = UnheardSignal()
@@ -91,7 +93,8 @@ class _Observer(threading.Thread):
                 return
             self._signal.wait(_POLL_SECONDS)
         atexit.register(self._exiting.set)  # the last to be registered is the first to run
-        self._wait(_GRACE_SECONDS, lambda: not self._running())
+        if not self._unheard():
+            self._wait(_GRACE_SECONDS, lambda: not self._running())
         self._end_ranks()
         self._wait(_FREED_SECONDS, self._reported)
         if self._trainer.state.status == TrainerStatus.INTERRUPTED:  # its callbacks are at work
@@ -108,8 +111,11 @@ class _Observer(threading.Thread):
     def _failed(self) -> bool:
         """Whether any rank has failed, this one included, or this one is to end and cannot."""
         self._take_stock()
-        unheard = self._signal.seconds() > _GRACE_SECONDS
-        return unheard or any(self._ended.values()) or any(self._folder.glob("rank-*.json"))
+        return self._unheard() or any(self._ended.values()) or any(self._folder.glob("rank-*.json"))
+
+    def _unheard(self) -> bool:
+        """Whether a signal has told this process to end, but its main thread waits for another rank."""
+        return self._signal.seconds() > _UNHEARD_SECONDS
 
     def _reported(self) -> bool:
         """Whether the main process knows that it fails."""
@@ -144,13 +150,15 @@ class _Observer(threading.Thread):
         if not self._telling.acquire(blocking=False):
             return
         cause = first_cause(read_reports(self._folder), self._ended)
-        if cause is None and self._signal.seconds():
+        if cause is None and self._unheard():
             cause = f"stopped by a signal while rank {self._rank} waited for another rank"
         shutil.rmtree(self._folder, ignore_errors=True)
         if cause is not None:
             tell(cause)
 
     def _at_exit(self) -> None:
+        if os.getpid() != self._main:  # a fork of it ends
+            return
         if not self._failed() and self._running():
             self._wait(_PATIENCE_SECONDS, lambda: self._failed() or not self._running())
             if self._running() and not self._failed():
@@ -158,7 +166,7 @@ class _Observer(threading.Thread):
                 self._wait(math.inf, lambda: self._failed() or not self._running())
         failed = self._failed()
         causes = [report for report in read_reports(self._folder) if report.kind != "lost peer"]
-        mine = bool(causes) and causes[0].rank == self._rank
+        mine = bool(causes) and causes[0].rank == self._rank and causes[0].kind == "error"
         self._wait(_PARTING_SECONDS if mine else _GRACE_SECONDS, lambda: not self._running())
         self._end_ranks()
         reported = self._reported()
@@ -195,7 +203,7 @@ def _leave(run: LocalRun, rank: int) -> None:
     main_rank = rank - int(os.environ["LOCAL_RANK"])
     cause = first_cause(read_reports(run.folder), {main_rank: None})
     shutil.rmtree(run.folder, ignore_errors=True)
-    tell(f"{cause}; rank {rank} ends")
+    tell(f"{cause}. The main process is gone, so rank {rank} ends")
     for worker in multiprocessing.active_children():
         worker.kill()
     os._exit(1)

@@ -46,7 +46,7 @@ from lightning_dualpipe.strategy.assembly import Assembly
 from lightning_dualpipe.strategy.checkpoints import PipelineCheckpoints
 from lightning_dualpipe.strategy.checks import check_arguments, check_run
 from lightning_dualpipe.strategy.failures import report_failure
-from lightning_dualpipe.strategy.interrupts import stop_between_batches
+from lightning_dualpipe.strategy.interrupts import exit_as_terminated, stop_between_batches
 from lightning_dualpipe.strategy.launcher import PipelineLauncher, join_run
 from lightning_dualpipe.strategy.model_summary import summarize_the_whole_model
 from lightning_dualpipe.strategy.reader import PipelineReader
@@ -335,6 +335,7 @@ class DualPipeStrategy(PipelineCheckpoints):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
+        exit_as_terminated(exception)
         if self.world_size > 1:
             report_failure(exception, rank=self.global_rank)
 

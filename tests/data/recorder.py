@@ -66,7 +66,7 @@ def data(folder: Path, **options: Any) -> TextDataModule:
 
 
 def trainer(**options: Any) -> L.Trainer:
-    quiet = {
+    quiet: dict[str, Any] = {
         "accelerator": "cpu",
         "logger": False,
         "enable_progress_bar": False,

@@ -62,7 +62,8 @@ def test_more_ranks_with_smaller_batches_read_the_same_global_batches() -> None:
 
 def test_the_schedule_of_the_technical_report() -> None:
     """arXiv:2412.19437, section 4.2: 3072 to 15360 sequences of 4096 tokens over the first 469 billion tokens."""
-    ramp = BatchSizeRamp(3072 // 128, 15360 // 128, tokens=469_000_000_000, increment=24)
+    ramp = BatchSizeRamp(3072 // 128, 15360 // 128, tokens=469e9, increment=24)
+    assert ramp == BatchSizeRamp(24, 120, tokens=469_000_000_000, increment=24)
     batches = GlobalBatches.of(ramp, sequence_length=4096, num_ranks=128)
     at = [batches.size(int(tokens * 1e9) // 4096) for tokens in (0, 117, 118, 235, 352, 468.9, 469.1, 14_800)]
     assert at == [3072, 3072, 6144, 9216, 12288, 12288, 15360, 15360]

@@ -1,10 +1,12 @@
 import os
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
@@ -149,9 +151,9 @@ def test_data_that_cannot_be_trained_on_are_refused_before_training(
     (tmp_path / "lines.jsonl").write_text('{"text": "a"}\n{"other": "b"}\n')
     (tmp_path / "short.txt").write_text("just a few words, hardly a corpus yet..")
     module = Recorder()
-    options = {"sequence_length": 8, "batch_size": 2, "cache_dir": "cache"} | options  # tests run in tmp_path
+    usual: dict[str, Any] = {"sequence_length": 8, "batch_size": 2, "cache_dir": "cache"}  # tests run in tmp_path
     with pytest.raises(ConfigurationError, match=why):
-        trainer(max_steps=1).fit(module, TextDataModule(**options))
+        trainer(max_steps=1).fit(module, TextDataModule(**usual | options))
     assert module.seen == []
 
 
@@ -166,33 +168,55 @@ def test_what_it_holds_is_said_in_a_line(tmp_path: Path) -> None:
 
 
 class OnePipeline(DDPStrategy):
-    """Two processes that share each batch, as the ranks of one pipeline do."""
+    """Two processes that share each batch, as the ranks of one pipeline do: the first reads, the other receives."""
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         return {"num_replicas": 1, "rank": 0}
 
+    def process_dataloader(self, dataloader: Any) -> Any:
+        return FirstReads(dataloader)
 
-def read_on_rank(rank: int, folder: Path) -> tuple[Any, str]:
+
+class FirstReads:
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        own = iter(self.loader)
+        for _ in range(len(self)):
+            box = [next(own)] if dist.get_rank() == 0 else [None]
+            dist.broadcast_object_list(box)
+            yield box[0]
+
+
+def read_on_rank(rank: int, folder: Path) -> tuple[Any, Any, str]:
     os.environ["LOCAL_RANK"] = str(rank)  # processes are there already; Lightning starts none
     module = Recorder()
-    trainer(max_steps=5, devices=2, strategy=OnePipeline()).fit(module, data(folder))
+    module_data = data(folder)
+    trainer(max_steps=5, devices=2, strategy=OnePipeline()).fit(module, module_data)
+    state = module_data.state_dict()
 
     (folder / f"corpus-{rank}.txt").write_text(f"text of node {rank}, " * 100)
     own = TextDataModule(folder / f"corpus-{rank}.txt", 16, batch_size=2, cache_dir=folder / "cache")
     try:
         trainer(max_steps=1, devices=2, strategy="ddp").fit(Recorder(), own)
     except ConfigurationError as error:
-        return module.seen, str(error)
-    return module.seen, "no error"
+        return module.seen, state, str(error)
+    return module.seen, state, "no error"
 
 
 def test_the_strategy_says_who_reads_what_and_all_must_have_the_same_corpus(tmp_path: Path) -> None:
     alone = Recorder()
-    trainer(max_steps=5).fit(alone, data(tmp_path))
+    module_data = data(tmp_path)
+    trainer(max_steps=5).fit(alone, module_data)
     ranks = run_ranks(2, read_on_rank, tmp_path)
-    assert [seen for seen, _ in ranks] == [alone.seen, alone.seen]
-    assert all("the processes have different corpora" in error for _, error in ranks)
+    assert [seen for seen, _, _ in ranks] == [alone.seen, alone.seen]
+    assert [state for _, state, _ in ranks] == [module_data.state_dict()] * 2  # of the rank that did not read, too
+    assert all("the processes have different corpora" in error for _, _, error in ranks)
 
 
 # ---- the command line -------------------------------------------------------------------------
@@ -238,6 +262,7 @@ def test_a_stock_command_line_takes_it_from_yaml(config: Path) -> None:
     [
         (["--data.batch_size", "eight"], "batch_size"),
         (["--data.sequence_lenght", "8"], "sequence_lenght"),
+        (["--data.batch_size_schedule.tokens", "many"], "tokens"),
         (["--data.batch_size_schedule.end", "1"], "1 <= start <= end"),
         (["--data.batch_size", "0"], "batch_size=0: at least 1"),
     ],

@@ -18,13 +18,13 @@ STEP = 5
 
 
 class Fault:
-    def __init__(self, place: str = "nowhere", rank: int = 0, what: str = "raise_") -> None:
+    def __init__(self, place: str = "nowhere", rank: int | None = None, what: str = "raise_") -> None:
         self.place, self.rank, self.what = place, rank, what
 
     def reached(self, place: str, step: int = STEP) -> None:
-        rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0)))
-        if (place, rank, step) == (self.place, self.rank, STEP) and not Path("fault.json").exists():
-            Path("fault.json").write_text(json.dumps(time.time()))
+        if (place, step) == (self.place, STEP) and self.rank in (None, _rank()):
+            if not Path("fault.json").exists():
+                Path("fault.json").write_text(json.dumps(time.time()))
             getattr(self, self.what)()
 
     def raise_(self) -> None:
@@ -39,6 +39,12 @@ class Fault:
     def hang(self) -> None:
         """As in a collective that never completes: in C, where no Python signal handler runs."""
         ctypes.CDLL(None).sleep(600)
+
+    def hang_or_raise(self) -> None:
+        """NCCL does not notice when a peer is gone."""
+        if _rank() == 0:
+            self.hang()
+        self.raise_()
 
     def die(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -63,8 +69,15 @@ class Fault:
         self.interrupt_main()
         self.hang()
 
+    def terminate_itself(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
     def terminate_main(self) -> None:
         os.kill(os.getppid(), signal.SIGTERM)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0)))
 
 
 fault = Fault(**json.loads(os.environ.get("PROGRAM_FAULT", "{}")))

@@ -22,7 +22,7 @@ SHAPE = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "moe_intermediate_size": 16,
-    "num_hidden_layers": 8,
+    "num_hidden_layers": 6,
     "num_attention_heads": 2,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
