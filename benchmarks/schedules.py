@@ -9,8 +9,8 @@ waiting that the schedule does not ask for. A sleep ends late on a busy machine;
 and shown beside the result ("naps"), for it is no engine's fault, but counts in every figure.
 
 A whole stage, one of as many as ranks, takes one unit each for its forward, its input gradient and
-its weight gradient. It consists of two layers, so that schedules with two stages per rank run the
-same model. A forward and a backward in a pair gain nothing from each other here.
+its weight gradient; where a rank has two stages, each takes half of that. A forward and a backward
+in a pair gain nothing from each other here.
 
 Each engine is compared with the simulation of its own schedule. Ours runs as in training: split the
 batch, run, sum the losses over all ranks, deliver the gradients. Torch's engines split backwards in
@@ -74,8 +74,8 @@ class Clock:
         """Sleep coarsely, then in short pieces; never spin, for ranks share cores."""
         end = time.monotonic() + self.seconds
         while (left := end - time.monotonic()) > 0:
-            time.sleep(left if left > 2e-3 else left * 0.9 if left > 2e-4 else 5e-5)
-        self.late += time.monotonic() - end
+            time.sleep(left - 1e-3 if left > 2e-3 else max(left / 2, 5e-5))
+        self.late -= left
 
 
 class Work(torch.autograd.Function):
@@ -131,12 +131,12 @@ class Sleeper(nn.Module):
 
 
 class Model(nn.Module):
-    """Two layers for each rank behind an embedding, cut as any other model."""
+    """An embedding and a layer for each stage, cut as any other model."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, num_stages: int, clock: Clock) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
-        self.sleepers = nn.ModuleList(Sleeper(clock) for _ in range(2 * RANKS))
+        self.sleepers = nn.ModuleList(Sleeper(clock) for _ in range(num_stages))
 
     def layers(self) -> Sequence[Layer]:
         embedding = Layer("embedding", (Phase("embed", self.embedding),), (self.embedding,), cost=0)
@@ -179,15 +179,26 @@ class Candidate:
     name: str
     num_microbatches: int
     step: Callable[[], object]
-    ideal: float  # units
-    clock: Clock = field(repr=False)
-    parameters: Sequence[nn.Parameter] = field(repr=False)
+    on_paper: Schedule
+    costs: Costs  # units of a stage
+    clock: Clock
+    parameters: Sequence[nn.Parameter]
+
+    @property
+    def share(self) -> float:
+        """How much of a whole stage one of its stages is."""
+        return RANKS / self.on_paper.num_stages
+
+    @property
+    def ideal(self) -> float:
+        """Units."""
+        return simulate(self.on_paper, self.costs).duration * self.share
 
 
 def ours(name: str, num_microbatches: int, rank: int, group: dist.ProcessGroup) -> Candidate:
     clock = Clock()
-    model = Model(clock)
     schedule = build_schedule(name, RANKS, num_microbatches)
+    model = Model(schedule.num_stages, clock)
     layers = as_layers(model.layers())
     parts = partition(layers, schedule.num_stages)
     stages = {}
@@ -215,22 +226,20 @@ def ours(name: str, num_microbatches: int, rank: int, group: dist.ProcessGroup) 
     def step() -> None:
         forward(batch)["loss"].backward()
 
-    return Candidate(name, num_microbatches, step, ideal_of(schedule, Costs()), clock, parameters)
+    return Candidate(name, num_microbatches, step, schedule, Costs(), clock, parameters)
 
 
 def torchs(name: str, num_microbatches: int, rank: int, group: dist.ProcessGroup) -> Candidate:
     clock = Clock()
-    model = Model(clock)
     make, routes = TORCH[name]
     route = routes[0]
-    per_stage = 2 * RANKS // len(route)
+    model = Model(len(route), clock)
     activation = torch.empty(SAMPLES, TOKENS, WIDTH, requires_grad=True)
     stages = []
     for index in (index for index, place in enumerate(route) if place == rank):
-        sleepers = model.sleepers[index * per_stage : (index + 1) * per_stage]
         first = index == 0
         example = torch.zeros(SAMPLES, TOKENS, dtype=torch.int64) if first else activation
-        module = nn.Sequential(*([model.embedding] if first else []), *sleepers)
+        module = nn.Sequential(*([model.embedding] if first else []), model.sleepers[index])
         stage = PipelineStage(
             module,
             index,
@@ -262,12 +271,7 @@ def torchs(name: str, num_microbatches: int, rank: int, group: dist.ProcessGroup
         backward_input=(0.0, *[1.0] * (len(route) - 1)), backward_weight=(2.0, *[1.0] * (len(route) - 1))
     )
     parameters = [parameter for stage in stages for parameter in stage.submod.parameters()]
-    return Candidate(name, num_microbatches, step, ideal_of(on_paper, first_stage_waits), clock, parameters)
-
-
-def ideal_of(schedule: Schedule, costs: Costs) -> float:
-    """In units of a whole stage: where a rank has two, each takes half of one."""
-    return simulate(schedule, costs).duration * RANKS / schedule.num_stages
+    return Candidate(name, num_microbatches, step, on_paper, first_stage_waits, clock, parameters)
 
 
 _line = tuple(range(RANKS))
@@ -332,7 +336,7 @@ def timed(candidate: Candidate, unit: float) -> tuple[float, float]:
     """Seconds from the common start until the last rank is done, and by how much a rank's naps were late."""
     for parameter in candidate.parameters:
         parameter.grad = None
-    candidate.clock.seconds, candidate.clock.late = unit / 2, 0.0
+    candidate.clock.seconds, candidate.clock.late = unit * candidate.share, 0.0
     start = torch.tensor(time.monotonic() + 0.02, dtype=torch.float64)
     dist.all_reduce(start, op=dist.ReduceOp.MAX)  # one clock for all processes of a machine
     with suppress(ValueError):

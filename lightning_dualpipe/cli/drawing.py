@@ -37,15 +37,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--schedule", default="dualpipe", help=f"{', '.join(SCHEDULES)} (default: %(default)s)")
     parser.add_argument("--ranks", type=int, default=4, help="pipeline ranks (default: %(default)s)")
     parser.add_argument("--microbatches", type=int, default=8, help="pieces of a batch (default: %(default)s)")
-    parser.add_argument("--forward", type=_cost, default=1.0, help="time of a forward (default: %(default)g)")
+    parser.add_argument("--forward", type=cost, default=1.0, help="time of a forward (default: %(default)g)")
     parser.add_argument(
-        "--backward-input", type=_cost, default=1.0, help="time of the gradient of the inputs (default: %(default)g)"
+        "--backward-input", type=cost, default=1.0, help="time of the gradient of the inputs (default: %(default)g)"
     )
     parser.add_argument(
-        "--backward-weight", type=_cost, default=1.0, help="time of the gradient of the weights (default: %(default)g)"
+        "--backward-weight", type=cost, default=1.0, help="time of the gradient of the weights (default: %(default)g)"
     )
     parser.add_argument(
-        "--overlapped", type=_cost, help="time of a forward and a backward at once (default: overlapping gains nothing)"
+        "--overlapped", type=cost, help="time of a forward and a backward at once (default: overlapping gains nothing)"
     )
     parser.add_argument("--send", type=float, default=0.0, help="time between two ranks (default: %(default)g)")
     parser.add_argument("--width", type=int, help="fold the text after so many columns (default: the terminal's)")
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _cost(text: str) -> float | tuple[float, ...]:
+def cost(text: str) -> float | tuple[float, ...]:
     numbers = tuple(map(float, text.split(",")))
     return numbers if len(numbers) > 1 else numbers[0]
 

@@ -5,17 +5,18 @@ which latent attention has not, and its fallback keeps all T x T probabilities. 
 goes through blocks of rows, a few heads at a time, which stay in a core's cache:
 
     keys ►       r0   r1                       forward    P = softmax(S), y = P v
-    rows r0..r1  ████◣              S = q k^T  backward   P again,  dv += P^T g
-                     ▲ masked to its right                dS = P (g v^T - rowsum),  dq = dS k,  dk += dS^T q
+    rows r0..r1  ████◣              S = q k^T  backward   dv += P^T g,  dS = P (g v^T - rowsum),
+                     ▲ masked to its right                dq = dS k,  dk += dS^T q
 
-Only q, k and v are kept for backward. Half types are widened to float32 block by block.
+Backward computes P again from q and k, but for short sequences, whose P is no larger than the other
+things a layer keeps. Half types are widened to float32 block by block.
 
 Shapes: B sequences, T positions, H heads, C width of queries and keys, V of values; G heads of a group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -23,16 +24,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightning_dualpipe.precision.weight_gradients import without_autocast
+
 __all__ = ["causal_attention"]
 
 _ROWS = 64  # of a block: few, so that little is computed above the diagonal
-_IN_CACHE = 1 << 17  # probabilities held at a time
+_IN_CACHE = 1 << 17  # probabilities computed at a time
+_SHORT = 256  # positions of a sequence whose probabilities are kept
 
 
 def causal_attention(q_BTHC: Tensor, k_BTHC: Tensor, v_BTHV: Tensor, scale: float) -> Tensor:
     """``y_BTHV``, in the dtype of ``v``; probabilities in at least float32."""
     if q_BTHC.device.type == "cpu":
-        y_BTHV: Tensor = _Blockwise.apply(q_BTHC, k_BTHC, v_BTHV, scale)
+        with without_autocast(q_BTHC):
+            y_BTHV: Tensor = _Blockwise.apply(q_BTHC, k_BTHC, v_BTHV, scale)
         return y_BTHV
     q, k, v = (heads.transpose(1, 2) for heads in (q_BTHC, k_BTHC, v_BTHV))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
@@ -41,31 +46,45 @@ def causal_attention(q_BTHC: Tensor, k_BTHC: Tensor, v_BTHV: Tensor, scale: floa
 class _Blockwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_BTHC: Tensor, k_BTHC: Tensor, v_BTHV: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(q_BTHC, k_BTHC, v_BTHV)
-        ctx.scale = scale
         y_BTHV = torch.empty_like(v_BTHV, memory_format=torch.contiguous_format)
         mask, blocks = _above_diagonal(q_BTHC), _blocks(q_BTHC.shape[1])
+        kept: list[Tensor] = []
         for group in _groups(q_BTHC):
             q, k, v = (_wide(_heads(x, group)) for x in (q_BTHC, k_BTHC, v_BTHV))
             q, y = q * scale, _heads(y_BTHV, group)
             for rows in blocks:
-                y[:, rows] = torch.bmm(_probabilities(q, k, rows, mask), v[:, : rows.stop])
+                probabilities = _probabilities(q, k, rows, mask)
+                y[:, rows] = torch.bmm(probabilities, v[:, : rows.stop])
+                if q_BTHC.shape[1] <= _SHORT:
+                    kept.append(probabilities)
+        ctx.save_for_backward(q_BTHC, k_BTHC, v_BTHV, *kept)
+        ctx.scale = scale
         return y_BTHV
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTHV: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        inputs = ctx.saved_tensors
+        q_BTHC, k_BTHC, v_BTHV, *kept = ctx.saved_tensors
+        inputs = q_BTHC, k_BTHC, v_BTHV
         dq_BTHC, dk_BTHC, dv_BTHV = grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
         mask, blocks = _above_diagonal(grad_BTHV), _blocks(grad_BTHV.shape[1])
-        for group in _groups(grad_BTHV):
+        for index, group in enumerate(_groups(grad_BTHV)):
             q, k, v, g = (_wide(_heads(x, group)) for x in (*inputs, grad_BTHV))
-            _group_backward(q * ctx.scale, k, v, g, mask, blocks, [_heads(grad, group) for grad in grads])
+            q = q * ctx.scale
+            known = kept[index * len(blocks) :][: len(blocks)][::-1]
+            probabilities = known or (_probabilities(q, k, rows, mask) for rows in reversed(blocks))
+            _group_backward(q, k, v, g, blocks, probabilities, [_heads(grad, group) for grad in grads])
         return dq_BTHC.mul_(ctx.scale), dk_BTHC, dv_BTHV, None
 
 
 def _group_backward(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, mask: Tensor, blocks: list[slice], grads: list[Tensor]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    blocks: list[slice],
+    probabilities: Iterable[Tensor],
+    grads: list[Tensor],
 ) -> None:
     """Write the gradients of scaled queries, keys and values [G, T, ..] into ``grads``.
 
@@ -73,21 +92,20 @@ def _group_backward(
     block comes first because it sees all keys, so that the others add to what it returns.
     """
     dq, dk, dv = grads
-    dk_sum = dv_sum = torch.empty(0)
-    for rows in reversed(blocks):
-        probabilities = _probabilities(q, k, rows, mask)
-        ds = torch.bmm(g[:, rows], v[:, : rows.stop].mT)
-        dv_rows = torch.bmm(probabilities.mT, g[:, rows])
-        ds = torch.ops.aten._softmax_backward_data(ds, probabilities, -1, ds.dtype)
+    sums: tuple[Tensor, Tensor] | None = None
+    for rows, p in zip(reversed(blocks), probabilities, strict=True):
+        dp = torch.bmm(g[:, rows], v[:, : rows.stop].mT)
+        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
         dq[:, rows] = torch.bmm(ds, k[:, : rows.stop])
-        dk_rows = torch.bmm(ds.mT, q[:, rows])
-        if rows is blocks[-1]:
-            dk_sum, dv_sum = dk_rows, dv_rows
+        own = torch.bmm(ds.mT, q[:, rows]), torch.bmm(p.mT, g[:, rows])
+        if sums is None:
+            sums = own
         else:
-            dk_sum[:, : rows.stop].add_(dk_rows)
-            dv_sum[:, : rows.stop].add_(dv_rows)
-    dk.copy_(dk_sum)
-    dv.copy_(dv_sum)
+            for total, part in zip(sums, own, strict=True):
+                total[:, : rows.stop].add_(part)
+    if sums is not None:
+        dk.copy_(sums[0])
+        dv.copy_(sums[1])
 
 
 def _probabilities(q: Tensor, k: Tensor, rows: slice, mask: Tensor) -> Tensor:

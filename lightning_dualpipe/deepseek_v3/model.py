@@ -39,9 +39,10 @@ class Blocks(nn.ModuleList):
     """The decoder blocks. Called, the layers of the whole model.
 
     A pipeline asks for ``model.layers()``, and checkpoints call block N ``layers.N``: both are this.
+    A slice of the blocks, which ``nn.ModuleList`` makes of itself, has no layers to list.
     """
 
-    def __init__(self, blocks: Sequence[Block], list_layers: Callable[[], Sequence[Layer]]) -> None:
+    def __init__(self, blocks: Iterable[nn.Module] = (), list_layers: Callable[[], Sequence[Layer]] = tuple) -> None:
         super().__init__(blocks)
         self._list_layers = list_layers
 
@@ -66,7 +67,7 @@ class Transformer(nn.Module):
     def _build(self, config: DeepSeekV3Config, rotary: Rotary) -> None:
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         kinds = (MoEBlock if config.is_moe(index) else DenseBlock for index in range(config.num_hidden_layers))
-        self.layers = Blocks([kind(config, rotary) for kind in kinds], self._list_layers)
+        self.layers = Blocks((kind(config, rotary) for kind in kinds), self._list_layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         depths = range(1, config.num_nextn_predict_layers + 1)
         self.mtp = nn.ModuleList(MTP(config, rotary, depth=depth) for depth in depths)

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_dualpipe.deepseek_v3.config import DeepSeekV3Config
+from lightning_dualpipe.precision.weight_gradients import without_autocast
 
 __all__ = ["Router"]
 
@@ -73,7 +74,7 @@ class Router(nn.Module):
 
     def _scores(self, x_BTD: Tensor) -> Tensor:
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)
-        with torch.autocast(x_BTD.device.type, enabled=False):
+        with without_autocast(x_BTD):
             return F.linear(x_BTD.to(dtype), self.weight.to(dtype)).sigmoid()
 
     def _choose(self, scores_NE: Tensor) -> Tensor:
@@ -126,5 +127,6 @@ def balance_loss(scores_BTE: Tensor, *, top_k: int, alpha: float) -> Tensor:
         1, best_BJ, torch.ones_like(best_BJ, dtype=scores_BTE.dtype)
     )
     frequency_BE = counts_BE * (num_experts / (top_k * max(num_positions, 1)))
-    share_B1E = torch.bmm((scores_BTE.sum(-1) + 1e-20).reciprocal().unsqueeze(1), scores_BTE)  # T * P_i
+    with without_autocast(scores_BTE):
+        share_B1E = torch.bmm((scores_BTE.sum(-1) + 1e-20).reciprocal().unsqueeze(1), scores_BTE)  # T * P_i
     return alpha * (frequency_BE * share_B1E.squeeze(1)).sum(-1)

@@ -49,7 +49,7 @@ class Engine:
         self.peak_held = 0
         """Most microbatches whose activations this rank held at once, in the last training step."""
         self._transport = transport
-        self._schedule_of = schedule_of
+        self._schedule_of = lru_cache(maxsize=64)(schedule_of)
         self._programs = lru_cache(maxsize=64)(self._program)
         self._values: dict[_Key, Values] = {}
         self._messages: dict[_Key, Message] = {}

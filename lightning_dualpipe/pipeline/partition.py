@@ -123,13 +123,20 @@ class Whole:
 
 
 def keep_only(model: nn.Module, kept: Iterable[Layer], layers: Iterable[Layer]) -> None:
-    """Replace, in place, the modules of ``layers`` that no layer of ``kept`` uses."""
-    needed = {id(part) for layer in kept for module in layer.modules for part in module.modules()}
-    spare = {id(module) for layer in layers for module in layer.modules} - needed
+    """Replace, in place, the modules of ``layers`` that no layer of ``kept`` uses.
+
+    A layer need not be a module of the model: what it is made of counts.
+    """
+    needed = _parts(kept)
+    spare = _parts(layers) - needed
     for parent_name, parent in list(model.named_modules(remove_duplicate=False)):
         for name, child in list(parent._modules.items()):
-            if id(child) in spare:
+            if id(child) in spare and child is not None and not any(id(part) in needed for part in child.modules()):
                 setattr(parent, name, Elsewhere(f"{parent_name}.{name}".lstrip(".")))
+
+
+def _parts(layers: Iterable[Layer]) -> set[int]:
+    return {id(part) for layer in layers for module in layer.modules for part in module.modules()}
 
 
 def materialize(model: nn.Module, device: torch.device) -> bool:

@@ -79,14 +79,15 @@ class Transport:
     def _post_tagged(
         self, outgoing: list[tuple[Message, int, Tensor]], incoming: list[tuple[Message, int, Tensor]]
     ) -> None:
-        for message, index, tensor in incoming:
-            work = dist.irecv(tensor, group=self.group, group_src=message.source_rank, tag=_tag(message, index))
-            assert work is not None
-            self._arriving[message][0].append(work)
+        """Sends first: somebody may be waiting for them already."""
         for message, index, tensor in outgoing:
             work = dist.isend(tensor, group=self.group, group_dst=message.target_rank, tag=_tag(message, index))
             assert work is not None
             self._leaving.append((work, tensor))
+        for message, index, tensor in incoming:
+            work = dist.irecv(tensor, group=self.group, group_src=message.source_rank, tag=_tag(message, index))
+            assert work is not None
+            self._arriving[message][0].append(work)
 
     def _post_batch(
         self, outgoing: list[tuple[Message, int, Tensor]], incoming: list[tuple[Message, int, Tensor]]

@@ -69,7 +69,7 @@ class Part:
     layers: Sequence[Layer]
     stages: Sequence[range]
     whole: Whole
-    made_for: tuple[object, ...]
+    made_for: str
 
     @classmethod
     def cut(
@@ -80,7 +80,7 @@ class Part:
         placement: Schedule,
         *,
         rank: int,
-        made_for: tuple[object, ...],
+        made_for: str,
     ) -> "Part":
         """Cut ``model`` in place. A second Trainer with the same layout finds what the first one cut."""
         before: Part | None = vars(module).get(_PART)
@@ -131,7 +131,7 @@ class Assembly:
         # one rank has nothing to pass on; the plainest schedule then
         schedule_of = partial(build_schedule, "1f1b" if layout.pipeline == 1 else schedule, layout.pipeline)
         self._placement = schedule_of(2 * layout.pipeline)
-        made_for = (schedule, layout, rank)
+        made_for = _described(schedule, layout)
         self.part = Part.cut(
             owner, self._module, self.model, self._placement, rank=self._pipeline_rank, made_for=made_for
         )
@@ -186,14 +186,9 @@ class Assembly:
         if self._layout.expert == 1:
             return
         spread = [module for module in self.owner.modules() if isinstance(module, SpreadsExperts)]
-        uneven = {m.num_experts for m in spread if m.num_experts % self._layout.expert}
-        if uneven:
-            raise ConfigurationError(
-                f"expert_parallel_size={self._layout.expert} must divide the model's {uneven.pop()} routed experts, "
-                "so that every rank holds as many; choose a divisor"
-            )
         for module in spread:
             assert self._groups.expert is not None
+            self._layout.check(num_experts=module.num_experts)
             module.use_dispatcher(AllToAllDispatcher(module.num_experts, self._groups.expert))
 
     def _fill(self, device: torch.device) -> None:
@@ -279,6 +274,12 @@ class Assembly:
         ranks = (layout.rank(pipeline=p, data=d) for p in pipeline_ranks for d in range(layout.data))
         mine = self._layout.expert_rank(self._rank)
         return tuple(sorted(r for r in ranks if first not in self.rows or layout.expert_rank(r) == mine))
+
+
+def _described(schedule: str, layout: ParallelLayout) -> str:
+    """What decides which part of a model a rank keeps, in the user's words."""
+    sizes = f"pipeline_parallel_size={layout.pipeline}, expert_parallel_size={layout.expert}"
+    return sizes if layout.pipeline == 1 else f"schedule={schedule!r}, {sizes}"
 
 
 def _initializes_itself(owner: nn.Module) -> InitializesWeights | None:

@@ -1,15 +1,26 @@
-"""What can be known to be wrong with a run before a process is started."""
+"""What can be known to be wrong with a run before a process is started.
+
+check_arguments   when the strategy is made
+check_run         when the Trainer is made
+check_model       when the Trainer is given a model, as far as that is built
+"""
 
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_dualpipe.errors import ConfigurationError
+from lightning_dualpipe.interface import as_layers
+from lightning_dualpipe.parallel.dispatch import SpreadsExperts
 from lightning_dualpipe.parallel.layout import ParallelLayout
-from lightning_dualpipe.schedules import SCHEDULES
+from lightning_dualpipe.pipeline.partition import Whole, partition
+from lightning_dualpipe.schedules import SCHEDULES, build_schedule
+from lightning_dualpipe.strategy.assembly import find_pipeline_model
 
-__all__ = ["check_arguments", "check_run"]
+__all__ = ["check_arguments", "check_model", "check_run"]
 
 
 def check_arguments(
@@ -37,16 +48,31 @@ def check_run(
     devices: Sequence[torch.device],
     precision: str,
     syncs_batchnorm: bool,
+    started: int | None,
 ) -> None:
-    """One error that lists every problem of this Trainer with this strategy."""
+    """One error that lists every problem of this Trainer with this strategy.
+
+    Args:
+        started: processes that an earlier Trainer of this program has brought together.
+    """
     problems = layout.problems()
+    if started not in (None, layout.world):
+        problems.append(
+            f"this program was started for {started} processes, and this Trainer asks for {layout.world}; give all "
+            "its Trainers the same devices and num_nodes, or run this one in a program of its own"
+        )
     if schedule == "dualpipe" and layout.pipeline > 1 and layout.pipeline % 2:
+        even = [str(size) for size in range(2, layout.world + 1, 2) if layout.world % size == 0]
+        instead = f"pipeline_parallel_size={' or '.join(even)}" if even else "an even number of processes"
         problems.append(
             f"dualpipe needs an even number of pipeline ranks, got {layout.pipeline}; "
-            f"use schedule='dualpipev', which takes any, or pipeline_parallel_size={layout.pipeline - 1}"
+            f"use schedule='dualpipev', which takes any, or {instead}"
         )
     if any(device.type == "mps" for device in devices):
-        problems.append("MPS devices cannot talk to one another; use accelerator='cpu' or CUDA devices")
+        problems.append(
+            "MPS devices cannot talk to one another and have no float64, in which losses are summed; "
+            "use accelerator='cpu' or CUDA devices"
+        )
     if syncs_batchnorm:
         problems.append(
             "sync_batchnorm=True has no meaning here: microbatches of one batch never meet in a layer; remove it"
@@ -58,3 +84,19 @@ def check_run(
         )
     if problems:
         raise ConfigurationError.of(f"strategy {schedule!r} cannot run", problems)
+
+
+def check_model(owner: LightningModule, schedule: str, layout: ParallelLayout) -> None:
+    """Raise what every rank would raise when it cuts the model; one that is built later is left to them."""
+    try:
+        _, model = find_pipeline_model(owner)
+    except ConfigurationError:
+        if is_overridden("configure_model", owner) or is_overridden("setup", owner):
+            return
+        raise
+    layers = as_layers(model.layers())
+    num_stages = 1 if layout.pipeline == 1 else build_schedule(schedule, layout.pipeline, 1).num_stages
+    Whole.of(owner, layers, partition(layers, num_stages))
+    for module in owner.modules():
+        if isinstance(module, SpreadsExperts):
+            layout.check(num_experts=module.num_experts)

@@ -50,7 +50,7 @@ class LocalRun:
 
     @classmethod
     def joined(cls) -> "LocalRun | None":
-        """The run this process is a rank of. Others may inherit the environment: data workers, programs a rank starts."""
+        """The run this process is a rank of; data workers and programs that a rank starts only inherit the variable."""
         run = cls.announced()
         return run if run is not None and (os.getpid() == run.main or run.started_this_process()) else None
 

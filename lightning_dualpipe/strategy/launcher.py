@@ -24,7 +24,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
@@ -59,6 +58,7 @@ class PipelineLauncher(_SubprocessScriptLauncher):
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if not self.cluster_environment.creates_processes_externally:
+            trainer.strategy.check_model()  # now, so that it is said once and not by every rank
             run = LocalRun(os.getpid(), Path(tempfile.mkdtemp(prefix="lightning-dualpipe-")))
             run.announce()
             self._call_children_scripts()
@@ -176,7 +176,7 @@ class _Observer(threading.Thread):
 
 
 def join_run(rank: int) -> None:
-    """For every rank to call before anything else can go wrong. What the launcher above started ends with its parent."""
+    """For every rank to call before anything else can go wrong; what the launcher started ends with its parent."""
     run = LocalRun.announced()
     if run is None:
         if "TORCHELASTIC_ERROR_FILE" in os.environ:

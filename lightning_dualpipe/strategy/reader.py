@@ -47,6 +47,11 @@ class PipelineReader:
             return self._read()
         return self._receive()
 
+    @classmethod
+    def of(cls, loader: Any, group: dist.ProcessGroup) -> "PipelineReader":
+        stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+        return (_StatefulPipelineReader if stateful else cls)(loader, group)
+
     def _read(self) -> Iterator[Any]:
         for batch in self._loader:
             tensors: list[Tensor] = []
@@ -79,6 +84,17 @@ class PipelineReader:
         if tensor.numel():
             dist.broadcast(tensor, group=self._group, group_src=0)
         return tensor
+
+
+class _StatefulPipelineReader(PipelineReader):
+    """With the methods of its own by which Lightning recognises a loader that can go on where it stopped."""
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = self._loader.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._loader.load_state_dict(state)
 
 
 def _empty(slot: _Slot) -> Tensor:

@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.utilities.distributed import (
@@ -44,7 +45,7 @@ from lightning_dualpipe.parallel.groups import Groups
 from lightning_dualpipe.parallel.layout import ParallelLayout
 from lightning_dualpipe.strategy.assembly import Assembly
 from lightning_dualpipe.strategy.checkpoints import PipelineCheckpoints
-from lightning_dualpipe.strategy.checks import check_arguments, check_run
+from lightning_dualpipe.strategy.checks import check_arguments, check_model, check_run
 from lightning_dualpipe.strategy.failures import report_failure
 from lightning_dualpipe.strategy.interrupts import exit_as_terminated, stop_between_batches
 from lightning_dualpipe.strategy.launcher import PipelineLauncher, join_run
@@ -177,16 +178,23 @@ class DualPipeStrategy(PipelineCheckpoints):
     @override
     def _configure_launcher(self) -> None:
         join_run(self.global_rank)
+        self._check()
+        assert self.cluster_environment is not None
+        if self.world_size > 1 and not self.cluster_environment.creates_processes_externally:
+            self._launcher = PipelineLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+    def _check(self) -> None:
         check_run(
             self.schedule,
             self.layout,
             devices=self.parallel_devices or [],
             precision=str(self.precision_plugin.precision),
             syncs_batchnorm=getattr(self, "_layer_sync", None) is not None,
+            started=dist.get_world_size() if _distributed_is_initialized() else None,
         )
-        assert self.cluster_environment is not None
-        if self.world_size > 1 and not self.cluster_environment.creates_processes_externally:
-            self._launcher = PipelineLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+    def check_model(self) -> None:
+        check_model(self._module, self.schedule, self.layout)
 
     def set_world_ranks(self) -> None:
         if self.cluster_environment is not None:
@@ -197,6 +205,7 @@ class DualPipeStrategy(PipelineCheckpoints):
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
+        self._check()  # again: another Trainer may have started processes since this one was made
         self.set_world_ranks()
         assert self.cluster_environment is not None
         if self.world_size > 1 and not _distributed_is_initialized():
@@ -329,7 +338,7 @@ class DualPipeStrategy(PipelineCheckpoints):
                 pl_worker_init_function, rank=self._data_rank
             )
         group = self.groups.pipeline_host
-        return dataloader if group is None else PipelineReader(dataloader, group)
+        return dataloader if group is None else PipelineReader.of(dataloader, group)
 
     # ---- the end ------------------------------------------------------------------------------
 

@@ -90,6 +90,8 @@ def test_half_types_are_computed_in_float32():
     wide = [x.detach().float().requires_grad_() for x in leaves]
     want = causal_attention(*wide, 0.3)
     assert torch.equal(y, want.bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(causal_attention(q, k, v, 0.3), y)
     for got, exact in zip(torch.autograd.grad(y, leaves, g), torch.autograd.grad(want, wide, g.float()), strict=True):
         assert got.dtype == torch.bfloat16
         torch.testing.assert_close(got, exact.bfloat16(), rtol=2**-7, atol=1e-6)

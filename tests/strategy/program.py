@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from examples.your_own_model import LanguageModel
-from lightning_dualpipe import Batch, DualPipeStrategy
+from lightning_dualpipe import Batch, DualPipeStrategy, TextDataModule
 from tests.strategy.faults import fault
 
 BATCH_SIZE, NUM_BATCHES = 4, 12
@@ -80,10 +80,15 @@ def train(arguments: Sequence[str] | None = None) -> list[float]:
         logger=False,
     )
     fault.reached("before fit")
-    loader = DataLoader(Tokens(), batch_size=BATCH_SIZE, num_workers=options.workers)
-    trainer.fit(Model(vocab_size=11, width=8, depth=6, heads=2), loader, ckpt_path=options.resume)
+    trainer.fit(Model(width=8, depth=6, heads=2), _data(options), ckpt_path=options.resume)
     fault.reached("after fit")
     return watch.losses
+
+
+def _data(options: argparse.Namespace) -> DataLoader[Mapping[str, Tensor]] | TextDataModule:
+    if options.corpus is None:
+        return DataLoader(Tokens(), batch_size=BATCH_SIZE, num_workers=options.workers)
+    return TextDataModule(options.corpus, sequence_length=8, batch_size=BATCH_SIZE, cache_dir="cache")
 
 
 def main() -> None:
@@ -103,7 +108,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--save", action="store_true")
-    parser.add_argument("--resume")
+    parser.add_argument("--corpus", help="text to train on; it goes on where a checkpoint stood")
+    parser.add_argument("--resume", help="path of a checkpoint")
     parser.add_argument("--careless", action="store_true", help="catch every error and go on")
     return parser.parse_args(arguments)
 

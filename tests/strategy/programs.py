@@ -7,9 +7,11 @@ Programs of one call run at the same time: most of their time goes into imports,
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +23,7 @@ from uuid import uuid4
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = (sys.executable, str(ROOT / "tests/strategy/program.py"))
 MODULE = (sys.executable, "-m", "tests.strategy.program")
-PATIENCE = 150  # seconds for imports on a busy machine
+PATIENCE = 240  # seconds for imports on a busy machine
 TO_END = 30  # seconds after a fault in which every process must be gone
 
 
@@ -41,17 +43,13 @@ class Ended:
     error: str
     seconds: float  # from the fault until the last process was gone; 0 without a fault
     losses: list[float]
+    left_behind: list[str]  # temporary files
     folder: Path
 
     @property
     def last_words(self) -> str:
         """What standard error ends with, from the last message of ours on."""
         return "lightning-dualpipe: " + self.error.rpartition("lightning-dualpipe: ")[2]
-
-    @property
-    def left_behind(self) -> list[str]:
-        """Temporary files, those that torch keeps as a cache excepted."""
-        return sorted(path.name for path in (self.folder / "tmp").iterdir() if "inductor" not in path.name)
 
 
 def run_together(programs: Mapping[str, Program], folder: Path) -> dict[str, Ended]:
@@ -61,7 +59,8 @@ def run_together(programs: Mapping[str, Program], folder: Path) -> dict[str, End
 
 
 def run(program: Program, folder: Path) -> Ended:
-    (folder / "tmp").mkdir(parents=True)
+    folder.mkdir(parents=True)
+    temporary = Path(tempfile.mkdtemp(prefix="run-"))  # a short path: multiprocessing has sockets in it
     mark = f"DUALPIPE_PROGRAM={uuid4()}"
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     outer = {name: value for name, value in os.environ.items() if not name.startswith(_SET_BY_RUNS)}
@@ -70,7 +69,7 @@ def run(program: Program, folder: Path) -> Ended:
         **dict([mark.split("=")]),
         "PYTHONPATH": path,
         "PROGRAM_FAULT": json.dumps(dict(program.fault)),
-        "TMPDIR": str(folder / "tmp"),
+        "TMPDIR": str(temporary),
     }
     with open(folder / "output", "w") as output, open(folder / "error", "w") as error:
         mains = [
@@ -90,6 +89,8 @@ def run(program: Program, folder: Path) -> Ended:
             for pid in _alive(mark):
                 os.kill(pid, signal.SIGKILL)
             codes = [main.wait() for main in mains]
+    left_behind = [path.name for path in temporary.iterdir() if not path.name.startswith(_KEPT_BY_TORCH)]
+    shutil.rmtree(temporary)
     losses, fault = folder / "losses.json", folder / "fault.json"
     return Ended(
         codes,
@@ -97,26 +98,25 @@ def run(program: Program, folder: Path) -> Ended:
         (folder / "error").read_text(),
         gone - json.loads(fault.read_text()) if fault.exists() else 0.0,
         json.loads(losses.read_text()) if losses.exists() else [],
+        left_behind,
         folder,
     )
 
 
+_KEPT_BY_TORCH = ("pymp-", "torchelastic_", "torchinductor_")
 _SET_BY_RUNS = ("MASTER_", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "PL_")
 
 
 def _wait(mains: Sequence[subprocess.Popen[bytes]], mark: str, folder: Path) -> float:
     """When the last process was gone, or patience with it ended."""
-    deadline = time.time() + PATIENCE
-    while True:
-        for main in mains:
-            main.poll()
-        if not _alive(mark):
-            return time.time()
-        if (folder / "fault.json").exists():
-            deadline = min(deadline, (folder / "fault.json").stat().st_mtime + TO_END)
+    fault, deadline = folder / "fault.json", time.time() + PATIENCE
+    while any(main.poll() is None for main in mains) or _alive(mark):
+        if fault.exists():
+            deadline = min(deadline, fault.stat().st_mtime + TO_END)
         if time.time() > deadline:
-            return time.time()
+            break
         time.sleep(0.1)
+    return time.time()
 
 
 def _alive(mark: str) -> list[int]:

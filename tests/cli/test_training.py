@@ -1,0 +1,179 @@
+"""``fit``, ``validate``, ``test`` and ``predict`` as a user types them."""
+
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_dualpipe.cli import main
+
+ROOT = Path(__file__).parent.parent.parent
+CONFIG = {
+    "trainer": {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_steps": 4,
+        "log_every_n_steps": 2,
+        "limit_val_batches": 1,
+        "limit_test_batches": 1,
+        "limit_predict_batches": 1,
+        "enable_progress_bar": False,
+        "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": ""}},
+    },
+    "model": {
+        "class_path": "lightning_dualpipe.DeepSeekV3",
+        "init_args": {
+            "overrides": {"hidden_size": 32, "num_hidden_layers": 3, "kv_lora_rank": 16, "intermediate_size": 32},
+            "warmup_steps": 2,
+        },
+    },
+    "data": {
+        "class_path": "lightning_dualpipe.TextDataModule",
+        "init_args": {"path": "corpus.txt", "sequence_length": 16, "batch_size": 4},
+    },
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    (tmp_path / "corpus.txt").write_text("a pipeline is as fast as its slowest stage, and no faster. " * 200)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    return "config.yaml"
+
+
+@pytest.fixture(autouse=True)
+def alone_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LightningCLI warns of arguments that come from two sides, and seeds through the environment.
+
+    Lightning's log handler writes to the standard error it found when it was imported, maybe another test's.
+    """
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    monkeypatch.setattr(sys, "argv", ["lightning-dualpipe"])
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.setenv("PL_SEED_WORKERS", "0")
+
+
+def run(command: str, config: str, *args: str) -> int:
+    try:
+        return main([command, "--config", config, *args])
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+def test_a_run_is_trained_resumed_and_evaluated(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("fit", config) == 0
+    (checkpoint,) = Path("runs").glob("version_0/checkpoints/*.ckpt")
+    assert Path("runs/version_0/metrics.csv").is_file()
+    assert yaml.safe_load(Path("runs/version_0/config.yaml").read_text())["seed_everything"] == 0
+
+    assert run("fit", config, "--ckpt_path", str(checkpoint), "--trainer.max_steps", "6") == 0
+    assert list(Path("runs").glob("version_1/checkpoints/*step=6.ckpt"))
+    for command in ("validate", "test", "predict"):
+        assert run(command, config, "--ckpt_path", str(checkpoint)) == 0
+    said = capsys.readouterr().out
+    assert "val_loss" in said
+    assert "test_loss" in said
+
+
+def test_there_is_no_advertisement(config: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        assert run("fit", config, "--trainer.fast_dev_run", "true") == 0
+    assert "TPU available" in caplog.text  # so the messages of this logger are heard
+    assert "litlogger" not in caplog.text
+    assert "litmodels" not in caplog.text
+
+
+def test_model_and_data_have_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        main(["fit", "--print_config"])
+    except SystemExit as end:
+        assert not end.code
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["class_path"] == "lightning_dualpipe.DeepSeekV3"
+    assert printed["data"]["class_path"] == "lightning_dualpipe.TextDataModule"
+
+
+def test_model_and_data_may_be_anybodys(config: str) -> None:
+    args = ["--model", "examples.your_own_model.LanguageModel", "--model.depth", "2", "--trainer.fast_dev_run", "true"]
+    assert run("fit", config, *args) == 0
+
+
+STRATEGY = "--trainer.strategy lightning_dualpipe.DualPipeStrategy"
+REFUSED = {  # arguments -> what is said; the typed errors of the parser, and ours
+    "--model.preset huge": "Expected a typing.Literal['tiny', 'small', '16b', '671b']",
+    "--model.overrides.num_layers 3": "Unexpected keys: {'num_layers'}",
+    "--model.overrides.num_hidden_layers three": "Expected a <class 'int'>",
+    "--model.learning_rte 1e-3": "Option 'learning_rte' is not accepted",
+    "--data.sequence_lenght 8": "Option 'sequence_lenght' is not accepted",
+    "--trainer.max_stepps 8": "max_stepps",
+    "--config nowhere.yaml": "nowhere.yaml",
+    "--trainer.strategy dualpip": "trainer.strategy='dualpip' is no strategy; did you mean dualpipe",
+    "--model.overrides.num_attention_heads 0": "num_attention_heads=0 must be an integer of at least 1",
+    "--data.sequence_length 0": "sequence_length=0: at least 1 token is needed",
+    "--data.path nowhere": "path='nowhere' does not exist",
+    "--trainer.strategy dualpipe --trainer.devices 3": "dualpipe needs an even number of pipeline ranks, got 3",
+    f"{STRATEGY} --trainer.strategy.schedule dualpip": "Expected a typing.Literal['dualpipe', 'dualpipev'",
+    f"{STRATEGY} --trainer.strategy.num_microbatches 0": "num_microbatches=0 must be a positive whole number",
+}
+
+
+@pytest.mark.parametrize("args", REFUSED)
+def test_what_cannot_run_is_explained_without_a_traceback(
+    args: str, config: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run("fit", config, *args.split()) == 2
+    said = capfd.readouterr().err
+    assert REFUSED[args] in said
+    assert "Traceback" not in said
+    assert "Given value: Namespace" not in said
+
+
+def test_an_error_that_nobody_foresaw_keeps_its_traceback(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("in the middle of a step")
+
+    monkeypatch.setattr("lightning_dualpipe.DeepSeekV3.training_step", fail)
+    with pytest.raises(ZeroDivisionError, match="in the middle of a step"):
+        run("fit", config)
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_examples_are_configurations(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("fit", str(example), "--print_config") == 0
+    assert "lightning_dualpipe.DualPipeStrategy" in capsys.readouterr().out
+
+
+def command(launcher: str, args: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    module = ["-m", "lightning_dualpipe.cli"]
+    if launcher == "torchrun":
+        module = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--log-dir=logs", *module]
+    return subprocess.run([sys.executable, *module, *args], capture_output=True, text=True, timeout=200)
+
+
+TWO_RANKS = ["--trainer.devices", "2", "--trainer.strategy", "dualpipe", "--trainer.max_steps", "2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["popen", "torchrun"])
+def test_two_processes_train_one_model(launcher: str, config: str) -> None:
+    report = ["--trainer.callbacks", "lightning_dualpipe.callbacks.RunReport"]
+    done = command(launcher, ["fit", "--config", config, *TWO_RANKS, *report])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 ranks: pipeline 2 x data 1, schedule dualpipe" in done.stderr
+    assert done.stderr.count("`max_steps=2` reached") == 1
+    (path,) = re.findall(r"^checkpoint +(\S+)$", done.stderr, flags=re.MULTILINE)
+    assert Path(path).is_file()
+
+
+@pytest.mark.slow
+def test_what_cannot_run_on_any_rank_is_explained_once_and_last(config: str) -> None:
+    done = command("popen", ["fit", "--config", config, *TWO_RANKS, "--data.path", "nowhere"])
+    assert done.returncode == 2
+    assert done.stderr.count("path='nowhere' does not exist") == 1
+    assert done.stderr.rstrip().endswith("path='nowhere' does not exist")
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,180 @@
+"""Which operations a transport posts, and in what order: fakes stand for the backend, so no process is started.
+
+That real messages arrive is tested with the engine.
+"""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lightning_dualpipe.interface import TensorSpec
+from lightning_dualpipe.pipeline.transport import Transport
+from lightning_dualpipe.schedules import SCHEDULES, Compute, Exchange, build_schedule, lower
+from tests.pipeline.small import CPU
+
+SPECS = [TensorSpec((2, 3), torch.float32), TensorSpec((0,), torch.float32), TensorSpec((4,), torch.int64)]
+
+
+class Done:
+    """A piece of work that is over."""
+
+    def __init__(self):
+        self.waited = 0
+
+    def wait(self):
+        self.waited += 1
+
+    def is_completed(self):
+        return False
+
+
+@dataclass
+class Operation:
+    kind: str  # "send" or "receive"
+    peer: int
+    tensor: torch.Tensor
+    tag: int | None = None
+
+
+@pytest.fixture
+def posted(monkeypatch):
+    """The operations in the order in which they were posted; a list for each batch."""
+    found = []
+
+    def single(kind, peer):
+        def post(tensor, *, group, tag, **ranks):
+            found.append(Operation(kind, ranks[peer], tensor, tag))
+            return Done()
+
+        return post
+
+    def batch(operations):
+        found.append(operations)
+        return [Done()]
+
+    monkeypatch.setattr(dist, "isend", single("send", "group_dst"))
+    monkeypatch.setattr(dist, "irecv", single("receive", "group_src"))
+    isend, irecv = dist.isend, dist.irecv
+    monkeypatch.setattr(
+        dist,
+        "P2POp",
+        lambda op, tensor, *, group, group_peer: Operation(
+            {isend: "send", irecv: "receive"}[op], group_peer, tensor
+        ),
+    )
+    monkeypatch.setattr(dist, "batch_isend_irecv", batch)
+    monkeypatch.setattr(dist, "get_backend", lambda group: group)
+    return found
+
+
+def run(transport, instructions):
+    """Tensors that say of which message and at which place in it they are: shapes are those of the specs."""
+    for instruction in transport.arrange(instructions):
+        if isinstance(instruction, Exchange):
+            sends = [
+                (message, [torch.full(spec.shape, message.tag, dtype=spec.dtype) for spec in SPECS])
+                for message in instruction.sends
+            ]
+            transport.exchange(sends, [(message, SPECS) for message in instruction.receives])
+
+
+LOWERED = [(name, ranks, num) for name in SCHEDULES for ranks, num in ((2, 1), (4, 5), (4, 12))]
+
+
+@pytest.mark.parametrize(("schedule", "num_ranks", "num_microbatches"), LOWERED)
+def test_in_batches_both_ends_post_the_same_tensors_in_the_same_order(schedule, num_ranks, num_microbatches, posted):
+    """NCCL matches nothing else. One exchange is one batch."""
+    between = {}
+    for program in lower(build_schedule(schedule, num_ranks, num_microbatches)):
+        posted.clear()
+        run(Transport("nccl", CPU), program.instructions)
+        exchanges = [instruction for instruction in program.instructions if isinstance(instruction, Exchange)]
+        assert len(posted) == len(exchanges)
+        for batch, exchange in zip(posted, exchanges, strict=True):
+            assert len(batch) == 2 * len(exchange.messages)  # an empty tensor does not travel
+        for operation in (operation for batch in posted for operation in batch):
+            pair = (program.rank, operation.peer) if operation.kind == "send" else (operation.peer, program.rank)
+            between.setdefault((pair, operation.kind), []).append(operation.tensor)
+    for (pair, kind), tensors in between.items():
+        if kind == "receive":
+            for tensor, sent in zip(tensors, between[pair, "send"], strict=True):
+                assert tensor.shape == sent.shape and tensor.dtype == sent.dtype
+    for program in lower(build_schedule(schedule, num_ranks, num_microbatches)):
+        order = {(program.rank, m.target_rank): [] for i in program.instructions if isinstance(i, Exchange) for m in i.sends}
+        for message in (m for i in program.instructions if isinstance(i, Exchange) for m in i.sends):
+            order[program.rank, message.target_rank].append(message.tag)
+        for pair, tags in order.items():
+            sent = [int(tensor.flatten()[0]) for tensor in between[pair, "send"]]
+            assert sent == [tag for tag in tags for _ in range(2)]
+
+
+@pytest.mark.parametrize(("schedule", "num_ranks", "num_microbatches"), LOWERED)
+def test_with_tags_no_two_operations_between_two_ranks_share_one(schedule, num_ranks, num_microbatches, posted):
+    sent, received = [], []
+    for program in lower(build_schedule(schedule, num_ranks, num_microbatches)):
+        posted.clear()
+        run(Transport("gloo", CPU), program.instructions)
+        for operation in posted:
+            shape = (tuple(operation.tensor.shape), operation.tensor.dtype)
+            if operation.kind == "send":
+                sent.append((program.rank, operation.peer, operation.tag, shape))
+            else:
+                received.append((operation.peer, program.rank, operation.tag, shape))
+    assert len({each[:3] for each in sent}) == len(sent)
+    assert sorted(sent, key=str) == sorted(received, key=str)
+
+
+@pytest.mark.parametrize(("schedule", "num_ranks", "num_microbatches"), LOWERED)
+def test_with_tags_receives_come_one_exchange_early_and_nothing_else_changes(
+    schedule, num_ranks, num_microbatches, posted
+):
+    for program in lower(build_schedule(schedule, num_ranks, num_microbatches)):
+        assert Transport("nccl", CPU).arrange(program.instructions) == program.instructions
+        early = Transport("gloo", CPU).arrange(program.instructions)
+
+        def steps_and_sends(instructions):
+            kept = (i.step if isinstance(i, Compute) else i.sends for i in instructions)
+            return [each for each in kept if each]
+
+        def receives(instructions):
+            return [i.receives for i in instructions if isinstance(i, Exchange) and i.receives]
+
+        assert steps_and_sends(early) == steps_and_sends(program.instructions)
+        assert receives(early) == receives(program.instructions)
+        before, after = ([i.receives for i in each if isinstance(i, Exchange)] for each in (program.instructions, early))
+        assert after == [*before, ()] if before else not after
+
+
+def test_a_rank_alone_has_nothing_to_arrange():
+    instructions = lower(build_schedule("dualpipev", 1, 3))[0].instructions
+    assert Transport(None, CPU).arrange(instructions) == instructions
+
+
+def test_a_message_is_taken_once_its_work_is_done_and_all_is_waited_for_at_the_end(posted):
+    programs = lower(build_schedule("1f1b", 2, 1))
+    transport = Transport("gloo", CPU)
+    run(transport, programs[1].instructions)
+    (message,) = [m for i in programs[1].instructions if isinstance(i, Exchange) for m in i.receives]
+    works, _ = transport._arriving[message]
+    tensors = transport.take(message)
+    assert [(tuple(tensor.shape), tensor.dtype) for tensor in tensors] == [(each.shape, each.dtype) for each in SPECS]
+    assert [work.waited for work in works] == [1, 1]
+
+    leaving = [work for work, _ in transport._leaving]
+    transport.finish()
+    assert [work.waited for work in leaving] == [1, 1] and not transport._leaving
+
+
+def test_what_is_received_and_never_used_is_an_error(posted):
+    transport = Transport("gloo", CPU)
+    run(transport, lower(build_schedule("1f1b", 2, 1))[1].instructions)
+    with pytest.raises(AssertionError, match="never used: .*0F0 from rank 0 to rank 1"):
+        transport.finish()
+
+
+def test_a_message_has_room_for_64_tensors(posted):
+    (message,) = [m for i in lower(build_schedule("1f1b", 2, 1))[0].instructions if isinstance(i, Exchange) for m in i.sends]
+    with pytest.raises(AssertionError, match="64 tensors"):
+        Transport("gloo", CPU).exchange([(message, [torch.zeros(1)] * 65)], [])
