@@ -31,7 +31,7 @@ class CountsExpertLoad(Protocol):
 class ExpertLoad(Callback):
     """Logs MaxVio of the optimizer steps since the last report, every ``log_every_n_steps``.
 
-    max_violation/layers.3     (largest load - mean load) / mean load of that layer
+    max_violation/blocks.3     (largest load - mean load) / mean load of that layer
     max_violation              that of the worst layer
     dead_experts               experts of all layers that no token chose
     """
@@ -75,7 +75,7 @@ class ExpertLoad(Callback):
 
 
 def _all_names(mine: list[str]) -> list[str]:
-    """Of the layers of all ranks, in one order on every rank: ``layers.2`` before ``layers.10`` before ``mtp.0``."""
+    """Of the layers of all ranks, in one order on every rank: ``blocks.2`` before ``blocks.10`` before ``mtp.0``."""
     found = [mine]
     if dist.is_available() and dist.is_initialized():
         found = [[] for _ in range(dist.get_world_size())]
@@ -100,5 +100,5 @@ def _gathered(names: list[str], counts: dict[str, Tensor], trainer: Trainer, dev
 
 
 def _short(router: str) -> str:
-    """``layers.3.mlp.gate`` -> ``layers.3``, ``mtp.0.block.mlp.gate`` -> ``mtp.0``."""
+    """``blocks.3.mlp.gate`` -> ``blocks.3``, ``mtp.0.block.mlp.gate`` -> ``mtp.0``."""
     return router.removesuffix(".gate").removesuffix(".mlp").removesuffix(".block")

@@ -4,10 +4,10 @@
     embed_tokens.weight                            model.embed_tokens.weight
     norm.weight                                    model.norm.weight
     lm_head.weight                                 lm_head.weight                      (absent when tied)
-    layers.N.*                                     model.layers.N.*
-    layers.N.mlp.experts.gate_up_proj[e, :I]       model.layers.N.mlp.experts.e.gate_proj.weight
-    layers.N.mlp.experts.gate_up_proj[e, I:]       model.layers.N.mlp.experts.e.up_proj.weight
-    layers.N.mlp.experts.down_proj[e]              model.layers.N.mlp.experts.e.down_proj.weight
+    blocks.N.*                                     model.layers.N.*
+    blocks.N.mlp.experts.gate_up_proj[e, :I]       model.layers.N.mlp.experts.e.gate_proj.weight
+    blocks.N.mlp.experts.gate_up_proj[e, I:]       model.layers.N.mlp.experts.e.up_proj.weight
+    blocks.N.mlp.experts.down_proj[e]              model.layers.N.mlp.experts.e.down_proj.weight
     mtp.K.{enorm,hnorm,eh_proj}.weight             model.layers.(L+K).{enorm,hnorm,eh_proj}.weight
     mtp.K.norm.weight                              model.layers.(L+K).shared_head.norm.weight
     mtp.K.block.*                                  model.layers.(L+K).*
@@ -46,6 +46,7 @@ __all__ = [
 _GATE_UP = ".mlp.experts.gate_up_proj"
 _DOWN = ".mlp.experts.down_proj"
 _ROUTER_BIAS = ".mlp.gate.e_score_correction_bias"
+_BLOCK = re.compile(r"^blocks\.")
 _MTP = re.compile(r"mtp\.(\d+)\.(?:(block)\.)?(.+)")
 
 
@@ -89,7 +90,7 @@ def key_of(name: str, config: DeepSeekV3Config) -> str:
         return "model.embed_tokens.weight" if config.tie_word_embeddings else name
     mtp = _MTP.fullmatch(name)
     if mtp is None:
-        return f"model.{name}"
+        return f"model.{_BLOCK.sub('layers.', name)}"
     depth, in_block, rest = mtp.groups()
     if not in_block and rest == "norm.weight":
         rest = "shared_head.norm.weight"

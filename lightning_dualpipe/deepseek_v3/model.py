@@ -1,6 +1,6 @@
 """DeepSeek-V3 on one device, and the list of layers by which a pipeline cuts it.
 
-    input_ids ─► embed_tokens ─► layers.0 ─► … ─► layers.L-1 ─► norm ─► mtp.0 ─► … ─► lm_head ─► logits, loss
+    input_ids ─► embed_tokens ─► blocks.0 ─► … ─► blocks.L-1 ─► norm ─► mtp.0 ─► … ─► lm_head ─► logits, loss
                                                                 └───── never cut apart ─────┘
 
 Between layers pass ``(h_BTD, balance_B)``: the hidden state, and the balance losses of the routers
@@ -30,24 +30,9 @@ from lightning_dualpipe.deepseek_v3.rope import Rotary
 from lightning_dualpipe.deepseek_v3.router import Router
 from lightning_dualpipe.interface import Batch, Layer, Phase, TensorSpec, Values, run_uncut
 
-__all__ = ["Blocks", "Transformer"]
+__all__ = ["Transformer"]
 
 _COST_LENGTH = 4096  # positions for which layers are weighed against each other: the pretraining length
-
-
-class Blocks(nn.ModuleList):
-    """The decoder blocks. Called, the layers of the whole model.
-
-    A pipeline asks for ``model.layers()``, and checkpoints call block N ``layers.N``: both are this.
-    A slice of the blocks, which ``nn.ModuleList`` makes of itself, has no layers to list.
-    """
-
-    def __init__(self, blocks: Iterable[nn.Module] = (), list_layers: Callable[[], Sequence[Layer]] = tuple) -> None:
-        super().__init__(blocks)
-        self._list_layers = list_layers
-
-    def __call__(self) -> Sequence[Layer]:
-        return self._list_layers()
 
 
 class Transformer(nn.Module):
@@ -67,7 +52,7 @@ class Transformer(nn.Module):
     def _build(self, config: DeepSeekV3Config, rotary: Rotary) -> None:
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         kinds = (MoEBlock if config.is_moe(index) else DenseBlock for index in range(config.num_hidden_layers))
-        self.layers = Blocks((kind(config, rotary) for kind in kinds), self._list_layers)
+        self.blocks = nn.ModuleList(kind(config, rotary) for kind in kinds)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         depths = range(1, config.num_nextn_predict_layers + 1)
         self.mtp = nn.ModuleList(MTP(config, rotary, depth=depth) for depth in depths)
@@ -77,6 +62,23 @@ class Transformer(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor] | Tensor:
         """``{"input_ids": [B, T]}`` -> logits [B, T, V]; with ``"labels"`` [B, T] -> means over tokens, with "loss"."""
         return run_uncut(self, batch)
+
+    def layers(self) -> Sequence[Layer]:
+        config = self.config
+        flops = forward_flops(config, min(_COST_LENGTH, config.max_position_embeddings))
+        small = 2.0 * config.hidden_size  # of the lookup and the norm: little, but no layer is free
+        layers = [Layer("embed_tokens", (Phase("embed", self._embed),), (self.embed_tokens,), small)]
+        for index, block in enumerate(cast(Iterable[Block], self.blocks)):
+            cost = flops.moe_block if config.is_moe(index) else flops.dense_block
+            layers.append(Layer(f"blocks.{index}", block.phases(), (block,), cost))
+        layers.append(Layer("norm", (Phase("norm", self._norm),), (self.norm,), small))
+        for index, mtp in enumerate(cast(Iterable[MTP], self.mtp)):
+            phases, used = mtp.phases(self.embed_tokens), (mtp, self.embed_tokens)
+            layers.append(Layer(f"mtp.{index}", phases, used, flops.mtp, with_previous=True, for_loss=True))
+        tied = (self.embed_tokens,) if config.tie_word_embeddings else ()
+        cost = flops.head * (1 + len(self.mtp))
+        layers.append(Layer("lm_head", (Phase("head", self._head),), (self.lm_head, *tied), cost, with_previous=True))
+        return layers
 
     def inputs(self, batch: Batch) -> Tensor:
         return batch["input_ids"]
@@ -102,23 +104,6 @@ class Transformer(nn.Module):
         """Fill what is held here with numbers that depend on (seed, name) only."""
         self._tie()
         initialize(self, seed=seed, std=self.config.initializer_range)
-
-    def _list_layers(self) -> Sequence[Layer]:
-        config = self.config
-        flops = forward_flops(config, min(_COST_LENGTH, config.max_position_embeddings))
-        small = 2.0 * config.hidden_size  # of the lookup and the norm: little, but no layer is free
-        layers = [Layer("embed_tokens", (Phase("embed", self._embed),), (self.embed_tokens,), small)]
-        for index, block in enumerate(cast(Iterable[Block], self.layers)):
-            cost = flops.moe_block if config.is_moe(index) else flops.dense_block
-            layers.append(Layer(f"layers.{index}", block.phases(), (block,), cost))
-        layers.append(Layer("norm", (Phase("norm", self._norm),), (self.norm,), small))
-        for index, mtp in enumerate(cast(Iterable[MTP], self.mtp)):
-            phases, used = mtp.phases(self.embed_tokens), (mtp, self.embed_tokens)
-            layers.append(Layer(f"mtp.{index}", phases, used, flops.mtp, with_previous=True, for_loss=True))
-        tied = (self.embed_tokens,) if config.tie_word_embeddings else ()
-        cost = flops.head * (1 + len(self.mtp))
-        layers.append(Layer("lm_head", (Phase("head", self._head),), (self.lm_head, *tied), cost, with_previous=True))
-        return layers
 
     def _embed(self, input_ids_BT: Tensor) -> Values:
         h_BTD = self.embed_tokens(input_ids_BT)

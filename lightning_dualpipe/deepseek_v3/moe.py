@@ -41,6 +41,11 @@ class MoE(nn.Module):
         y_ND = self.dispatcher.combine(y_RD, routing)
         return y_ND.view_as(x_BTD) + self.shared_experts(x_BTD), balance_B
 
+    @property
+    def num_local_experts(self) -> int:
+        """How many are held here; all, until they are spread."""
+        return self.experts.num_experts
+
     def use_dispatcher(self, dispatcher: TokenDispatcher) -> None:
         """Exchange tokens through ``dispatcher`` and keep its local experts only. Before an optimizer is made."""
         self.experts.keep_experts(dispatcher.first_local_expert, dispatcher.num_local_experts)

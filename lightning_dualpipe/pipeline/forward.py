@@ -8,7 +8,9 @@ gradients wait until ``backward`` and arrive multiplied by whatever was done to 
 (divided for accumulation, weighted, added to another loss), because gradients are linear in it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -62,7 +64,8 @@ class PipelinedForward:
         before = [parameter.grad for parameter in self.parameters]
         for parameter in self.parameters:
             parameter.grad = None
-        sums = self._reduce(self.engine.train(pieces), training=True)
+        with _without_hooks(self.parameters):
+            sums = self._reduce(self.engine.train(pieces), training=True)
         gradients = [parameter.grad for parameter in self.parameters]
         for parameter, gradient in zip(self.parameters, before, strict=True):
             parameter.grad = gradient
@@ -94,6 +97,11 @@ class PipelinedForward:
     def _reduce(self, sums: Mapping[str, Tensor], *, training: bool) -> dict[str, Tensor]:
         """Sums over all microbatches of all pipelines, known to every rank; float64, so that counts are exact."""
         names = self._agree_on_names(sums, training=training)
+        if new := sorted(sums.keys() - set(names)):
+            raise ConfigurationError(
+                f"{type(self.engine.model).__name__}.loss reports {', '.join(map(repr, new))}, which it did not in the "
+                f"first batch ({', '.join(names)}); report the same sums for every batch, zero where there is nothing"
+            )
         total = torch.zeros(len(names), dtype=torch.float64, device=self.device)
         for index, name in enumerate(names):
             if name in sums:
@@ -136,6 +144,21 @@ class PipelinedForward:
         if output.numel():
             dist.broadcast(output, group=self.pipeline, group_src=owner)
         return output
+
+
+@contextmanager
+def _without_hooks(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """A hook sees a parameter's gradient once, when ``backward`` delivers it, and not what microbatches add to it."""
+    names = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    hooks = [(parameter, name, getattr(parameter, name)) for parameter in parameters for name in names]
+    hooks = [each for each in hooks if each[-1]]
+    for parameter, name, _ in hooks:
+        setattr(parameter, name, OrderedDict())  # None would not take the latter away
+    try:
+        yield
+    finally:
+        for parameter, name, before in hooks:
+            setattr(parameter, name, before)
 
 
 class _Deliver(torch.autograd.Function):

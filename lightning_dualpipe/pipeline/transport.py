@@ -28,7 +28,7 @@ class Transport:
     group: dist.ProcessGroup | None
     device: torch.device
     _arriving: dict[Message, tuple[list[dist.Work], tuple[Tensor, ...]]] = field(default_factory=dict)
-    _leaving: list[tuple[dist.Work, Tensor]] = field(default_factory=list)
+    _leaving: list[tuple[list[dist.Work], Tensor]] = field(default_factory=list)
 
     def arrange(self, instructions: Sequence[Instruction]) -> tuple[Instruction, ...]:
         """A rank's program with its receives where this transport should post them."""
@@ -40,7 +40,7 @@ class Transport:
         receives: Iterable[tuple[Message, Sequence[TensorSpec]]],
     ) -> None:
         """Post all of one exchange; returns at once. Empty tensors do not travel: both ends know their shape."""
-        self._leaving = [(work, tensor) for work, tensor in self._leaving if not work.is_completed()]
+        self._leaving = [(works, tensor) for works, tensor in self._leaving if not _completed(works)]
         outgoing = [
             (message, index, tensor.contiguous())
             for message, tensors in sends
@@ -60,14 +60,13 @@ class Transport:
     def take(self, message: Message) -> tuple[Tensor, ...]:
         """The tensors of a message, once they have arrived."""
         works, tensors = self._arriving.pop(message)
-        for work in works:
-            work.wait()
+        _wait(works)
         return tensors
 
     def finish(self) -> None:
         """Wait until everything sent has left."""
-        for work, _ in self._leaving:
-            work.wait()
+        for works, _ in self._leaving:
+            _wait(works)
         self._leaving.clear()
         assert not self._arriving, f"received but never used: {list(map(str, self._arriving))}"
 
@@ -83,7 +82,7 @@ class Transport:
         for message, index, tensor in outgoing:
             work = dist.isend(tensor, group=self.group, group_dst=message.target_rank, tag=_tag(message, index))
             assert work is not None
-            self._leaving.append((work, tensor))
+            self._leaving.append(([work], tensor))
         for message, index, tensor in incoming:
             work = dist.irecv(tensor, group=self.group, group_src=message.source_rank, tag=_tag(message, index))
             assert work is not None
@@ -102,10 +101,20 @@ class Transport:
         ]
         if not operations:
             return
-        works = dist.batch_isend_irecv(operations)
+        works = list(dist.batch_isend_irecv(operations))  # one list for all: whoever waits first waits for all
         for message, _, _ in incoming:
-            self._arriving[message][0].extend(works)
-        self._leaving.extend((work, tensor) for _, _, tensor in outgoing for work in works)
+            self._arriving[message] = (works, self._arriving[message][1])
+        self._leaving.extend((works, tensor) for _, _, tensor in outgoing)
+
+
+def _wait(works: list[dist.Work]) -> None:
+    """Once for each: to gloo, waiting again is waiting for another message."""
+    while works:
+        works.pop().wait()
+
+
+def _completed(works: Sequence[dist.Work]) -> bool:
+    return all(work.is_completed() for work in works)
 
 
 def _receiving_early(instructions: Sequence[Instruction]) -> Iterator[Instruction]:

@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_dualpipe.checkpoint.store import CheckpointStore
@@ -32,7 +33,7 @@ from lightning_dualpipe.pipeline.transport import Transport
 from lightning_dualpipe.precision.linear import make_linears_deferrable
 from lightning_dualpipe.schedules import Schedule, build_schedule
 
-__all__ = ["Assembly", "find_pipeline_model"]
+__all__ = ["Assembly", "check_experts", "find_pipeline_model"]
 
 
 def find_pipeline_model(owner: nn.Module) -> tuple[nn.Module, PipelineModel]:
@@ -60,6 +61,22 @@ def find_pipeline_model(owner: nn.Module) -> tuple[nn.Module, PipelineModel]:
         f"{who} has {len(found)} models that a pipeline could cut ({', '.join(name for name, _, _ in found)}); "
         "one can be trained at a time: keep one, or wrap them in a single one"
     )
+
+
+def check_experts(owner: nn.Module, layout: ParallelLayout) -> None:
+    """Of the whole model: a rank may hold layers without experts.
+
+    Raises:
+        ConfigurationError: its experts cannot be spread over the expert ranks.
+    """
+    sizes = {module.num_experts for module in owner.modules() if isinstance(module, SpreadsExperts)}
+    if layout.expert > 1 and not sizes:
+        rank_zero_warn(
+            f"expert_parallel_size={layout.expert} has no effect: {type(owner).__name__} has no experts to spread, since "
+            "none of its submodules follows lightning_dualpipe.parallel.dispatch.SpreadsExperts"
+        )
+    for size in sizes:
+        layout.check(num_experts=size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +148,8 @@ class Assembly:
         # one rank has nothing to pass on; the plainest schedule then
         schedule_of = partial(build_schedule, "1f1b" if layout.pipeline == 1 else schedule, layout.pipeline)
         self._placement = schedule_of(2 * layout.pipeline)
+        if _PART not in vars(self._module):
+            check_experts(owner, layout)
         made_for = _described(schedule, layout)
         self.part = Part.cut(
             owner, self._module, self.model, self._placement, rank=self._pipeline_rank, made_for=made_for
@@ -188,7 +207,6 @@ class Assembly:
         spread = [module for module in self.owner.modules() if isinstance(module, SpreadsExperts)]
         for module in spread:
             assert self._groups.expert is not None
-            self._layout.check(num_experts=module.num_experts)
             module.use_dispatcher(AllToAllDispatcher(module.num_experts, self._groups.expert))
 
     def _fill(self, device: torch.device) -> None:

@@ -14,11 +14,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.interface import as_layers
-from lightning_dualpipe.parallel.dispatch import SpreadsExperts
 from lightning_dualpipe.parallel.layout import ParallelLayout
 from lightning_dualpipe.pipeline.partition import Whole, partition
 from lightning_dualpipe.schedules import SCHEDULES, build_schedule
-from lightning_dualpipe.strategy.assembly import find_pipeline_model
+from lightning_dualpipe.strategy.assembly import check_experts, find_pipeline_model
 
 __all__ = ["check_arguments", "check_model", "check_run"]
 
@@ -97,6 +96,4 @@ def check_model(owner: LightningModule, schedule: str, layout: ParallelLayout) -
     layers = as_layers(model.layers())
     num_stages = 1 if layout.pipeline == 1 else build_schedule(schedule, layout.pipeline, 1).num_stages
     Whole.of(owner, layers, partition(layers, num_stages))
-    for module in owner.modules():
-        if isinstance(module, SpreadsExperts):
-            layout.check(num_experts=module.num_experts)
+    check_experts(owner, layout)

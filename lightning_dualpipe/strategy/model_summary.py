@@ -3,8 +3,8 @@
     DeepSeekV3: 2,411,008 parameters, 1,525,248 used by a token
     4 ranks: pipeline 2 x data 2, experts spread over 2 data ranks, schedule dualpipe
     stage  layers                            parameters  on pipeline ranks
-        0  embed_tokens ... layers.1          1,063,168  0 1
-        1  layers.2 ... lm_head               1,347,840  0 1
+        0  embed_tokens ... blocks.1          1,063,168  0 1
+        1  blocks.2 ... lm_head               1,347,840  0 1
     a rank holds up to 1,920,000 parameters, 7.7 MB
 
 Lightning's own summary counts the modules it finds in this process. It would print one rank's part

@@ -10,7 +10,7 @@ from tests.strategy.runs import Run, build_module
 
 pytestmark = pytest.mark.parametrize("layout", LAYOUTS)
 SEQUENCE_LENGTH = 16
-LAYERS = [*(f"layers.{index}" for index in range(1, 6)), "mtp.0"]
+LAYERS = [*(f"blocks.{index}" for index in range(1, 6)), "mtp.0"]
 
 
 def of_load(logged: dict[str, float]) -> dict[str, float]:

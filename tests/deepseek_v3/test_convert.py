@@ -109,7 +109,7 @@ def test_gate_rows_come_before_up_rows_and_copies_equal_what_they_copy(tmp_path)
     model = new_model(CONFIG)
     save_pretrained(model, tmp_path, dtype="float32")
     tensors = stored(tmp_path)
-    gate_up = dict(model.named_parameters())["layers.1.mlp.experts.gate_up_proj"][2].detach()
+    gate_up = dict(model.named_parameters())["blocks.1.mlp.experts.gate_up_proj"][2].detach()
     assert torch.equal(tensors["model.layers.1.mlp.experts.2.gate_proj.weight"], gate_up[:6])
     assert torch.equal(tensors["model.layers.1.mlp.experts.2.up_proj.weight"], gate_up[6:])
     assert torch.equal(tensors["model.layers.3.embed_tokens.weight"], tensors["model.embed_tokens.weight"])
@@ -121,7 +121,7 @@ def test_the_router_bias_is_float32_in_files_of_every_precision(dtype, tmp_path)
     model = new_model(CONFIG)
     save_pretrained(model, tmp_path, dtype=dtype)
     tensors = stored(tmp_path)
-    bias = dict(model.named_buffers())["layers.1.mlp.gate.e_score_correction_bias"]
+    bias = dict(model.named_buffers())["blocks.1.mlp.gate.e_score_correction_bias"]
     assert {str(tensor.dtype) for key, tensor in tensors.items() if not key.endswith("bias")} == {f"torch.{dtype}"}
     assert torch.equal(tensors[BIAS], bias) and not torch.equal(bias, bias.bfloat16().float())
 
@@ -144,9 +144,9 @@ def test_one_rank_reads_its_own_layers_and_experts(tmp_path):
     save_pretrained(model, tmp_path, dtype="float32", max_shard_size=3000)
     expected = {part.name: part.tensor for part in parts_of(model)}
     rank = Transformer(CONFIG, seed=9)
-    rank.layers[2].mlp.experts.keep_experts(1, 2)
-    parts = [part for part in parts_of(rank) if part.name.startswith(("layers.2.", "norm."))]
-    others = {part.name: part.tensor.clone() for part in parts_of(rank) if part.name.startswith("layers.1.")}
+    rank.blocks[2].mlp.experts.keep_experts(1, 2)
+    parts = [part for part in parts_of(rank) if part.name.startswith(("blocks.2.", "norm."))]
+    others = {part.name: part.tensor.clone() for part in parts_of(rank) if part.name.startswith("blocks.1.")}
 
     load_weights(parts, tmp_path, CONFIG)
     for part in parts:
@@ -167,8 +167,8 @@ def test_a_model_cut_for_a_pipeline_reads_what_is_left_of_it(tmp_path):
 
     expected = {part.name: part.tensor for part in parts_of(model)}
     held = {part.name: part.tensor for part in parts_of(stage)}
-    assert {name.split(".")[0] for name in held} == {"embed_tokens", "layers", "norm", "mtp", "lm_head"}
-    assert not any(name.startswith(("layers.0.", "layers.1.")) for name in held)
+    assert {name.split(".")[0] for name in held} == {"embed_tokens", "blocks", "norm", "mtp", "lm_head"}
+    assert not any(name.startswith(("blocks.0.", "blocks.1.")) for name in held)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in held.items())
 
 

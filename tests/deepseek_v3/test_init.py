@@ -42,7 +42,7 @@ def test_a_cut_model_gets_the_weights_of_the_whole():
     whole = Transformer(small_config(), seed=7)
     with torch.device("meta"):
         part = Transformer(small_config())
-    part.embed_tokens = part.layers[0] = part.layers[1] = part.mtp[0] = nn.Identity()
+    part.embed_tokens = part.blocks[0] = part.blocks[1] = part.mtp[0] = nn.Identity()
     for _, mixture in part.mixtures():
         mixture.use_dispatcher(Share(4, 4))
     part.to_empty(device="cpu").initialize_weights(7)

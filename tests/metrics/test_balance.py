@@ -1,7 +1,7 @@
-"""The claim of ``benchmarks/balance.py`` in short: biases that move fast, and few steps.
+"""The claim of ``benchmarks/balance.py`` in short: biases that move ten times as fast, over a tenth of the steps.
 
-With 60 steps a bias can move by 60 gamma, so gamma is 20 times that of the full run. Measured with three
-seeds on each side: see the thresholds.
+The worst MaxVio_global of each run, measured with seeds 0, 1 and 2: 2.9 to 3.0 without balancing, and
+0.43, 1.06 and 0.53 with it. Another machine rounds differently, and its run may end as another seed does.
 """
 
 import pytest
@@ -10,11 +10,11 @@ from benchmarks.balance import run
 
 
 @pytest.mark.slow
-def test_moving_biases_even_the_load_out_that_is_lopsided_without_them() -> None:
-    unbalanced = run(gamma=0.0, alpha=0.0, steps=60)
-    balanced = run(gamma=0.02, alpha=1e-4, steps=60)
+def test_moving_biases_even_out_a_load_that_is_lopsided_without_them() -> None:
+    unbalanced = run(gamma=0.0, alpha=0.0, steps=80)
+    balanced = run(gamma=0.01, alpha=1e-4, steps=80)
 
-    assert list(balanced.max_violation) == ["layers.1.mlp.gate", "layers.2.mlp.gate", "mtp.0.block.mlp.gate"]
-    assert min(unbalanced.max_violation.values()) > 1.5
-    assert max(balanced.max_violation.values()) < 1.0
+    assert list(balanced.max_violation) == ["blocks.1.mlp.gate", "blocks.2.mlp.gate", "mtp.0.block.mlp.gate"]
+    assert unbalanced.worst > 2.0
+    assert balanced.worst < 1.5
     assert balanced.validation_loss < 1.03 * unbalanced.validation_loss

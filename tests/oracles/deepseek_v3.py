@@ -49,7 +49,7 @@ def _sequence(config: DeepSeekV3Config, weights: Weights, tokens: Tensor) -> tup
     h = torch.stack([embedding[token] for token in tokens.tolist()])
     balance = h.new_zeros(())
     for layer in range(config.num_hidden_layers):
-        h, own = block(config, _under(weights, f"layers.{layer}."), h, moe=layer >= config.first_k_dense_replace)
+        h, own = block(config, _under(weights, f"blocks.{layer}."), h, moe=layer >= config.first_k_dense_replace)
         balance = balance + own
     h = rms_norm(h, weights["norm.weight"], config.rms_norm_eps)
     logits = [h @ head.T]

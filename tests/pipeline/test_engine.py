@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_dualpipe.errors import ConfigurationError
-from lightning_dualpipe.interface import TensorSpec, means
+from lightning_dualpipe.interface import TensorSpec, as_layers, means
 from lightning_dualpipe.pipeline.engine import Engine
 from lightning_dualpipe.pipeline.microbatches import split
 from lightning_dualpipe.schedules import SCHEDULES
@@ -69,10 +69,9 @@ def by_order_alone() -> None:
 
     def blocking(operations: list[dist.P2POp]) -> list[dist.Work]:
         assert operations and all(operation.tag == 0 for operation in operations)
-        works = batch(operations)
-        for work in works:
+        for work in batch(operations):
             work.wait()
-        return works
+        return []
 
     dist.batch_isend_irecv = blocking
     dist.get_backend = lambda group=None: "nccl"
@@ -227,22 +226,32 @@ def test_a_boundary_that_is_not_as_declared_is_refused_with_both_written_out(wro
 
 def test_a_wire_of_16_bits_refuses_outputs_of_32() -> None:
     engine = folded(Ladder(dtype=torch.float32), dtype=torch.bfloat16)
-    with pytest.raises(ConfigurationError, match=r"declares bfloat16 \[4, 6\].*returns float32 \[4, 6\].*not torch.bfloat16"):
+    with pytest.raises(
+        ConfigurationError, match=r"declares bfloat16 \[4, 6\].*returns float32 \[4, 6\].*not torch.bfloat16"
+    ):
         engine.train([build_batch(4, dtype=torch.float32)])
 
 
-def test_a_wire_of_32_bits_carries_outputs_of_16_and_their_gradients() -> None:
-    model = Ladder(dtype=torch.bfloat16)
-    engine, batch = folded(model, dtype=torch.float32), build_batch(4, dtype=torch.bfloat16)
-    seen = []
-    model.rungs[-1].register_forward_pre_hook(lambda _, inputs: seen.extend(value.dtype for value in inputs))
+def test_a_wire_of_32_bits_widens_outputs_of_16_and_narrows_their_gradients() -> None:
+    model, batch = Ladder(dtype=torch.float32), build_batch(6, dtype=torch.bfloat16)
+    engine = folded(model, dtype=torch.float32)
+    num_narrow = len(engine.stages[0].layers)
+    model.rungs[:num_narrow].bfloat16()
+    sums = engine.train(split(batch, 1))
+    found = gradients_of(engine)
 
-    class Widened(Ladder):
-        pass
-
-    with pytest.raises(RuntimeError, match="dtype"):  # the next layer gets what was declared, and says so
-        engine.train([batch])
-    assert not seen or seen[0] == torch.float32
+    expected = Ladder(dtype=torch.float32)
+    expected.rungs[:num_narrow].bfloat16()
+    values = expected.inputs(batch)
+    for index, layer in enumerate(as_layers(expected.layers())):
+        if index == num_narrow:
+            values = tuple(value.float() if value.is_floating_point() else value for value in values)
+        values = layer(values, batch)
+    loss = expected.loss(values, batch)["loss"]
+    loss.backward()
+    assert torch.equal(sums["loss"], loss.detach())
+    for name, parameter in expected.named_parameters():
+        assert found[name].dtype == parameter.dtype and torch.equal(found[name], parameter.grad), name
 
 
 def test_under_autocast_the_wire_keeps_the_format_of_the_parameters() -> None:

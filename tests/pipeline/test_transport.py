@@ -17,17 +17,17 @@ from tests.pipeline.small import CPU
 SPECS = [TensorSpec((2, 3), torch.float32), TensorSpec((0,), torch.float32), TensorSpec((4,), torch.int64)]
 
 
-class Done:
-    """A piece of work that is over."""
+class Work:
+    """A piece of work."""
 
     def __init__(self):
-        self.waited = 0
+        self.waited, self.completed = 0, False
 
     def wait(self):
         self.waited += 1
 
     def is_completed(self):
-        return False
+        return self.completed
 
 
 @dataclass
@@ -46,13 +46,13 @@ def posted(monkeypatch):
     def single(kind, peer):
         def post(tensor, *, group, tag, **ranks):
             found.append(Operation(kind, ranks[peer], tensor, tag))
-            return Done()
+            return Work()
 
         return post
 
     def batch(operations):
         found.append(operations)
-        return [Done()]
+        return [Work()]
 
     monkeypatch.setattr(dist, "isend", single("send", "group_dst"))
     monkeypatch.setattr(dist, "irecv", single("receive", "group_src"))
@@ -60,9 +60,7 @@ def posted(monkeypatch):
     monkeypatch.setattr(
         dist,
         "P2POp",
-        lambda op, tensor, *, group, group_peer: Operation(
-            {isend: "send", irecv: "receive"}[op], group_peer, tensor
-        ),
+        lambda op, tensor, *, group, group_peer: Operation({isend: "send", irecv: "receive"}[op], group_peer, tensor),
     )
     monkeypatch.setattr(dist, "batch_isend_irecv", batch)
     monkeypatch.setattr(dist, "get_backend", lambda group: group)
@@ -102,7 +100,9 @@ def test_in_batches_both_ends_post_the_same_tensors_in_the_same_order(schedule, 
             for tensor, sent in zip(tensors, between[pair, "send"], strict=True):
                 assert tensor.shape == sent.shape and tensor.dtype == sent.dtype
     for program in lower(build_schedule(schedule, num_ranks, num_microbatches)):
-        order = {(program.rank, m.target_rank): [] for i in program.instructions if isinstance(i, Exchange) for m in i.sends}
+        order = {
+            (program.rank, m.target_rank): [] for i in program.instructions if isinstance(i, Exchange) for m in i.sends
+        }
         for message in (m for i in program.instructions if isinstance(i, Exchange) for m in i.sends):
             order[program.rank, message.target_rank].append(message.tag)
         for pair, tags in order.items():
@@ -143,7 +143,9 @@ def test_with_tags_receives_come_one_exchange_early_and_nothing_else_changes(
 
         assert steps_and_sends(early) == steps_and_sends(program.instructions)
         assert receives(early) == receives(program.instructions)
-        before, after = ([i.receives for i in each if isinstance(i, Exchange)] for each in (program.instructions, early))
+        before, after = (
+            [i.receives for i in each if isinstance(i, Exchange)] for each in (program.instructions, early)
+        )
         assert after == [*before, ()] if before else not after
 
 
@@ -152,19 +154,31 @@ def test_a_rank_alone_has_nothing_to_arrange():
     assert Transport(None, CPU).arrange(instructions) == instructions
 
 
-def test_a_message_is_taken_once_its_work_is_done_and_all_is_waited_for_at_the_end(posted):
-    programs = lower(build_schedule("1f1b", 2, 1))
-    transport = Transport("gloo", CPU)
-    run(transport, programs[1].instructions)
-    (message,) = [m for i in programs[1].instructions if isinstance(i, Exchange) for m in i.receives]
-    works, _ = transport._arriving[message]
-    tensors = transport.take(message)
-    assert [(tuple(tensor.shape), tensor.dtype) for tensor in tensors] == [(each.shape, each.dtype) for each in SPECS]
-    assert [work.waited for work in works] == [1, 1]
-
-    leaving = [work for work, _ in transport._leaving]
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_every_piece_of_work_is_waited_for_once(backend, posted):
+    """To gloo, waiting again is waiting for another message."""
+    transport = Transport(backend, CPU)
+    instructions = lower(build_schedule("dualpipe", 4, 8))[1].instructions
+    run(transport, instructions)
+    received = [m for i in instructions if isinstance(i, Exchange) for m in i.receives]
+    works = {work for each, _ in (*transport._arriving.values(), *transport._leaving) for work in each}
+    for message in received:
+        tensors = transport.take(message)
+        assert [(each.shape, each.dtype) for each in tensors] == [(each.shape, each.dtype) for each in SPECS]
     transport.finish()
-    assert [work.waited for work in leaving] == [1, 1] and not transport._leaving
+    assert works and all(work.waited == 1 for work in works)
+
+
+def test_what_has_left_is_let_go_while_the_step_still_runs(posted):
+    instructions = lower(build_schedule("gpipe", 2, 4))[0].instructions
+    transport = Transport("gloo", CPU)
+    run(transport, instructions)
+    assert len(transport._leaving) == 4 * 2
+    for works, _ in transport._leaving:
+        for work in works:
+            work.completed = True
+    transport.exchange([], [])
+    assert not transport._leaving
 
 
 def test_what_is_received_and_never_used_is_an_error(posted):
@@ -175,6 +189,8 @@ def test_what_is_received_and_never_used_is_an_error(posted):
 
 
 def test_a_message_has_room_for_64_tensors(posted):
-    (message,) = [m for i in lower(build_schedule("1f1b", 2, 1))[0].instructions if isinstance(i, Exchange) for m in i.sends]
+    (message,) = [
+        m for i in lower(build_schedule("1f1b", 2, 1))[0].instructions if isinstance(i, Exchange) for m in i.sends
+    ]
     with pytest.raises(AssertionError, match="64 tensors"):
         Transport("gloo", CPU).exchange([(message, [torch.zeros(1)] * 65)], [])

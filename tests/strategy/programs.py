@@ -61,8 +61,11 @@ def run_together(programs: Mapping[str, Program], folder: Path) -> dict[str, End
 def run(program: Program, folder: Path) -> Ended:
     folder.mkdir(parents=True)
     temporary = Path(tempfile.mkdtemp(prefix="run-"))  # a short path: multiprocessing has sockets in it
+    stubs = folder / "stubs/transformers/__init__.py"  # torchmetrics would import it in every rank, for a second
+    stubs.parent.mkdir(parents=True)
+    stubs.write_text("def __getattr__(name):\n    return object\n")
     mark = f"DUALPIPE_PROGRAM={uuid4()}"
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(folder / "stubs"), str(ROOT), os.environ.get("PYTHONPATH")]))
     outer = {name: value for name, value in os.environ.items() if not name.startswith(_SET_BY_RUNS)}
     environment = {
         **outer,

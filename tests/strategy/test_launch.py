@@ -18,7 +18,7 @@ from lightning_dualpipe.errors import ConfigurationError
 from tests.ranks import run_ranks
 from tests.strategy import program
 from tests.strategy.programs import SCRIPT, Program, run_together
-from tests.strategy.runs import QUIET, Run, build_module, pretend_torchrun
+from tests.strategy.runs import QUIET, SHAPE, Run, build_module, pretend_torchrun
 
 FOUR = ("--strategy", '{"pipeline_parallel_size": 4}')
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
@@ -115,7 +115,9 @@ def test_one_device_needs_no_launch_and_no_pipeline_and_serves_many_trainers():
 # ---- several trainers in a program of several processes --------------------------------------------
 
 
-@pytest.mark.parametrize("layout", [{"pipeline_parallel_size": 2}, {"pipeline_parallel_size": 1, "expert_parallel_size": 2}])
+@pytest.mark.parametrize(
+    "layout", [{"pipeline_parallel_size": 2}, {"pipeline_parallel_size": 1, "expert_parallel_size": 2}]
+)
 def test_a_second_trainer_with_the_same_layout_goes_on_and_one_with_another_is_refused(layout):
     run_ranks(2, use_several_trainers, layout, timeout=120)
 
@@ -128,12 +130,16 @@ def use_several_trainers(rank: int, layout: dict[str, int]) -> None:
     second = trainer(DualPipeStrategy(**layout), devices=2)
     assert second.validate(module, loader(), verbose=False) == [found]
     second.fit(module, loader())
+    if "expert_parallel_size" in layout:
+        assert {block.mlp.num_local_experts for block in module.model.blocks[3:]} == {SHAPE["n_routed_experts"] // 2}
     (later,) = second.validate(module, loader(), verbose=False)
     assert later != found
 
     size = layout["pipeline_parallel_size"]
     other = trainer(DualPipeStrategy(pipeline_parallel_size=3 - size), devices=2)
-    with pytest.raises(ConfigurationError, match=rf"was cut .*pipeline_parallel_size={size}, .*this one needs .*={3 - size}"):
+    with pytest.raises(
+        ConfigurationError, match=rf"was cut .*pipeline_parallel_size={size}, .*this one needs .*={3 - size}"
+    ):
         other.validate(module, loader(), verbose=False)
     os.environ["WORLD_SIZE"] = "1"
     with pytest.raises(ConfigurationError, match="started for 2 processes"):

@@ -182,7 +182,7 @@ def fit_by_hand(rank: int, layout: str | None, _: str) -> Outcome:
 
 def fit_a_stream(rank: int, layout: str | None, _: str) -> Outcome:
     """Batches of unknown number and changing length. One pipeline: an iterable dataset shards itself."""
-    trainer, batch_size = trainer_for(rank, layout, max_epochs=2, limit_val_batches=0)
+    trainer, _ = trainer_for(rank, layout, max_epochs=2, limit_val_batches=0)
     module = Model()
     trainer.fit(module, DataLoader(Stream(), batch_size=4))
     return outcome(trainer, module)
@@ -190,7 +190,7 @@ def fit_a_stream(rank: int, layout: str | None, _: str) -> Outcome:
 
 def fit_shuffled(rank: int, layout: str | None, _: str) -> Outcome:
     """A shuffling loader draws from the random state of the process that reads."""
-    trainer, batch_size = trainer_for(rank, layout, max_epochs=2, limit_val_batches=0)
+    trainer, _ = trainer_for(rank, layout, max_epochs=2, limit_val_batches=0)
     module = Model()
     if rank:
         torch.rand(rank)  # whatever the other ranks' states are
