@@ -6,6 +6,7 @@ loss picture       runs/quickstart/version_0/losses.png
 schedule picture   runs/quickstart/version_0/schedule.png
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,8 @@ class RunReport(Callback):
 def _checkpoints(trainer: Trainer) -> Iterator[tuple[str, str]]:
     callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
     paths = [path for callback in callbacks for path in (callback.best_model_path, callback.last_model_path) if path]
-    for path in dict.fromkeys(paths):
+    by_file = {os.path.realpath(path): path for path in paths}  # last.ckpt may be a link to the other
+    for path in by_file.values():
         yield "checkpoint", _shown(path)
 
 

@@ -72,8 +72,8 @@ def check_experts(owner: nn.Module, layout: ParallelLayout) -> None:
     sizes = {module.num_experts for module in owner.modules() if isinstance(module, SpreadsExperts)}
     if layout.expert > 1 and not sizes:
         rank_zero_warn(
-            f"expert_parallel_size={layout.expert} has no effect: {type(owner).__name__} has no experts to spread, since "
-            "none of its submodules follows lightning_dualpipe.parallel.dispatch.SpreadsExperts"
+            f"expert_parallel_size={layout.expert} has no effect: {type(owner).__name__} has no experts to spread "
+            "(no submodule follows lightning_dualpipe.parallel.dispatch.SpreadsExperts)"
         )
     for size in sizes:
         layout.check(num_experts=size)

@@ -148,9 +148,12 @@ def first_cause(reports: list[Report], ended: Mapping[int, int | None]) -> str |
 
 def tell(message: str) -> None:
     """On standard error, after everything that was printed before."""
-    sys.stdout.flush()
-    sys.stderr.write(f"lightning-dualpipe: {message}\n")
-    sys.stderr.flush()
+    with contextlib.suppress(
+        OSError, ValueError, AttributeError
+    ):  # closed, or there is none: the run ends all the same
+        sys.stdout.flush()
+        sys.stderr.write(f"lightning-dualpipe: {message}\n")
+        sys.stderr.flush()
 
 
 def _cause(causes: list[Report]) -> str:

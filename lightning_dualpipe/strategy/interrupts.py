@@ -7,7 +7,6 @@ crosses the collectives of ranks that have not got the signal yet: ``stop_betwee
 """
 
 import os
-import select
 import signal
 import socket
 import sys
@@ -43,9 +42,12 @@ class UnheardSignal:
 
     def wait(self, seconds: float) -> None:
         """For the next signal, at most this long."""
-        if not select.select([self._ours], [], [], seconds)[0]:
+        self._ours.settimeout(seconds)
+        try:
+            arrived = self._ours.recv(64)
+        except TimeoutError:
             return
-        if {signal.SIGINT, signal.SIGTERM} & set(self._ours.recv(64)) and self._since is None:
+        if {signal.SIGINT, signal.SIGTERM} & set(arrived) and self._since is None:
             self._since = (time.monotonic(), _position())
 
     def seconds(self) -> float:

@@ -81,7 +81,6 @@ class _Observer(threading.Thread):
         self._processes = dict(enumerate(processes, start=rank + 1))
         self._signal = UnheardSignal()
         self._ended: dict[int, int | None] = {}  # exit codes of the ranks that ended on their own
-        self._exiting = threading.Event()
         self._taking_stock = threading.Lock()
         self._telling = threading.Lock()
         atexit.register(self._at_exit)
@@ -92,7 +91,6 @@ class _Observer(threading.Thread):
             if not self._running():
                 return
             self._signal.wait(_POLL_SECONDS)
-        atexit.register(self._exiting.set)  # the last to be registered is the first to run
         if not self._unheard():
             self._wait(_GRACE_SECONDS, lambda: not self._running())
         self._end_ranks()
@@ -100,7 +98,7 @@ class _Observer(threading.Thread):
         if self._trainer.state.status == TrainerStatus.INTERRUPTED:  # its callbacks are at work
             self._wait(_LEAVING_SECONDS, self._reported)
         if self._reported():  # it has noticed; a script may catch the error and go on, so only its exit is limited
-            self._exiting.wait()
+            self._wait(math.inf, lambda: not threading.main_thread().is_alive())
             time.sleep(_LEAVING_SECONDS)
         self._tell()
         for worker in multiprocessing.active_children():

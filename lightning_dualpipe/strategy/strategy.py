@@ -180,6 +180,7 @@ class DualPipeStrategy(PipelineCheckpoints):
         join_run(self.global_rank)
         self._check()
         assert self.cluster_environment is not None
+        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if self.world_size > 1 and not self.cluster_environment.creates_processes_externally:
             self._launcher = PipelineLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 

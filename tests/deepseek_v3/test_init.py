@@ -49,7 +49,7 @@ def test_a_cut_model_gets_the_weights_of_the_whole():
 
     want = whole.state_dict()
     names = list(part.state_dict())
-    assert {name.split(".")[0] for name in names} == {"layers", "mtp", "norm", "lm_head"}
+    assert {name.split(".")[0] for name in names} == {"blocks", "mtp", "norm", "lm_head"}
     for name, tensor in part.state_dict().items():
         assert torch.equal(tensor, want[name][4:8] if ".experts." in name and "shared" not in name else want[name]), (
             name
