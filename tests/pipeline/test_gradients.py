@@ -70,8 +70,10 @@ def cut(
     return float(out["loss"]), gradients, assembly.peak_held
 
 
-CASES = [(schedule, 2, 1, 4) for schedule in SCHEDULES] + [
+CASES = [
     *((schedule, 4, 1, 8) for schedule in SCHEDULES),
+    ("dualpipe", 2, 1, 4),
+    ("dualpipev", 2, 1, 3),
     ("dualpipe", 4, 1, 7),
     ("dualpipe", 2, 2, 4),
     ("zb1p", 2, 2, 3),

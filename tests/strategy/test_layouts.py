@@ -73,21 +73,23 @@ def test_losses_norms_and_routing_are_those_of_one_process(layout: str, corpus: 
     check_equal(Run(strategy=strategy, world=world, corpus=corpus), tolerance=1e-9)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("layout", ["dualpipe pp2 ep2", "1f1b pp4"])
+@pytest.mark.parametrize(
+    ("layout", "variant"),
+    [*(("dualpipe pp2 ep2", variant) for variant in VARIANTS), ("1f1b pp4", "tied embeddings")],
+)
 def test_variants_of_the_run_are_those_of_one_process(layout: str, variant: str, corpus: str) -> None:
     world, strategy = LAYOUTS[layout]
     check_equal(Run(strategy=strategy, world=world, corpus=corpus, **VARIANTS[variant]), tolerance=1e-9)
 
 
-@pytest.mark.parametrize("num_microbatches", [3, 5, 7])
+@pytest.mark.parametrize("num_microbatches", [3, 5])
 def test_an_odd_number_of_microbatches_gives_the_same_losses(num_microbatches: int, corpus: str) -> None:
     strategy = {"pipeline_parallel_size": 2, "num_microbatches": num_microbatches}
     run = Run(strategy=strategy, world=2, corpus=corpus, steps=10, global_batch=num_microbatches * 2)
     check_equal(run, tolerance=1e-9)
 
 
-@pytest.mark.parametrize("layout", ["dualpipe pp4", "dualpipev pp2", "dualpipe pp2 ep2"])
+@pytest.mark.parametrize("layout", ["dualpipev pp2", "dualpipe pp2 ep2"])
 def test_in_float32_losses_agree_to_2e_4(layout: str, corpus: str) -> None:
     world, strategy = LAYOUTS[layout]
     check_equal(Run(strategy=strategy, world=world, corpus=corpus, precision="32-true"), tolerance=2e-4)
