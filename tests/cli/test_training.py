@@ -1,6 +1,7 @@
 """``fit``, ``validate``, ``test`` and ``predict`` as a user types them."""
 
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import yaml
 
 from lightning_dualpipe.cli import main
 
-ROOT = Path(__file__).parent.parent.parent
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 CONFIG = {
     "trainer": {
         "accelerator": "cpu",
@@ -142,17 +143,21 @@ def test_an_error_that_nobody_foresaw_keeps_its_traceback(config: str, monkeypat
         run("fit", config)
 
 
-@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
 def test_the_examples_are_configurations(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("fit", str(example), "--print_config") == 0
     assert "lightning_dualpipe.DualPipeStrategy" in capsys.readouterr().out
 
 
-def command(launcher: str, args: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    module = ["-m", "lightning_dualpipe.cli"]
-    if launcher == "torchrun":
-        module = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--log-dir=logs", *module]
-    return subprocess.run([sys.executable, *module, *args], capture_output=True, text=True, timeout=200)
+def command(launcher: str, args: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """``lightning-dualpipe ARGS``, or examples/torchrun.sh, which runs ``lightning-dualpipe fit`` in two processes."""
+    console = folder / "lightning-dualpipe"
+    console.write_text(f'#!/bin/sh\nexec {sys.executable} -m lightning_dualpipe.cli "$@"\n')
+    console.chmod(0o755)
+    path = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "TMPDIR": str(folder), "DEVICES": "2", "CONFIG": "config.yaml"}
+    whole = [str(console), "fit", "--config", "config.yaml"] if launcher == "popen" else [str(EXAMPLES / "torchrun.sh")]
+    return subprocess.run([*whole, *args], capture_output=True, text=True, timeout=200, env=environment)
 
 
 TWO_RANKS = ["--trainer.devices", "2", "--trainer.strategy", "dualpipe", "--trainer.max_steps", "2"]
@@ -160,9 +165,9 @@ TWO_RANKS = ["--trainer.devices", "2", "--trainer.strategy", "dualpipe", "--trai
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["popen", "torchrun"])
-def test_two_processes_train_one_model(launcher: str, config: str) -> None:
+def test_two_processes_train_one_model(launcher: str, config: str, tmp_path: Path) -> None:
     report = ["--trainer.callbacks", "lightning_dualpipe.callbacks.RunReport"]
-    done = command(launcher, ["fit", "--config", config, *TWO_RANKS, *report])
+    done = command(launcher, [*TWO_RANKS, *report], tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 ranks: pipeline 2 x data 1, schedule dualpipe" in done.stderr
     assert done.stderr.count("`max_steps=2` reached") == 1
@@ -171,9 +176,29 @@ def test_two_processes_train_one_model(launcher: str, config: str) -> None:
 
 
 @pytest.mark.slow
-def test_what_cannot_run_on_any_rank_is_explained_once_and_last(config: str) -> None:
-    done = command("popen", ["fit", "--config", config, *TWO_RANKS, "--data.path", "nowhere"])
+def test_what_cannot_run_on_any_rank_is_explained_once_and_last(config: str, tmp_path: Path) -> None:
+    done = command("popen", [*TWO_RANKS, "--data.path", "nowhere"], tmp_path)
     assert done.returncode == 2
     assert done.stderr.count("path='nowhere' does not exist") == 1
     assert done.stderr.rstrip().endswith("path='nowhere' does not exist")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("restarts", ["0", "1"])
+def test_a_requeued_job_goes_on_where_it_stopped(restarts: str, tmp_path: Path) -> None:
+    srun = tmp_path / "srun"
+    srun.write_text('#!/bin/sh\necho "$@"\n')
+    srun.chmod(0o755)
+    job = {"SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "8", "SLURM_RESTART_COUNT": restarts}
+    environment = {**os.environ, **job, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+    def submit() -> str:
+        script = ["bash", str(EXAMPLES / "train.sbatch"), "--config", "config.yaml"]
+        return subprocess.run(script, capture_output=True, text=True, check=True, env=environment).stdout
+
+    plain = "--kill-on-bad-exit lightning-dualpipe fit --trainer.num_nodes 2 --trainer.devices 8 --config config.yaml"
+    assert submit().split() == plain.split()
+    checkpoint = Path("runs/small/version_0/checkpoints/last.ckpt")
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    assert submit().split() == plain.split() + (["--ckpt_path", str(checkpoint)] if restarts == "1" else [])

@@ -1,4 +1,4 @@
-from itertools import combinations
+from itertools import combinations, pairwise
 from random import Random
 
 import pytest
@@ -22,9 +22,7 @@ def cheapest_by_brute_force(layers, num_stages):
     """Every way to cut where cutting is allowed."""
     places = [index for index, layer in enumerate(layers) if index and not layer.with_previous]
     bounds = ([0, *cuts, len(layers)] for cuts in combinations(places, num_stages - 1))
-    return min(
-        dearest(layers, [range(start, stop) for start, stop in zip(each, each[1:], strict=False)]) for each in bounds
-    )
+    return min(dearest(layers, [range(start, stop) for start, stop in pairwise(each)]) for each in bounds)
 
 
 @pytest.mark.parametrize("seed", range(40))

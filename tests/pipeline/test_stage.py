@@ -204,11 +204,10 @@ def test_the_last_stage_returns_the_model_s_sums_and_starts_from_their_loss():
     assert set(sums) == {"loss", "tokens", "hits", "penalty"}
     assert not any(value.requires_grad for value in sums.values())
 
-    values = tuple(value.requires_grad_(value.is_floating_point()) for value in values_of(4))
+    values = seen = tuple(value.requires_grad_(value.is_floating_point()) for value in values_of(4))
     for layer in stage.layers:
-        if layer is not stage.layers[-1]:
-            seen = layer(values if layer is stage.layers[0] else seen, batch)
-    expected = model.loss(stage.layers[-1](seen, batch), batch)["loss"]
+        seen = layer(seen, batch)
+    expected = model.loss(seen, batch)["loss"]
     assert torch.equal(expected, sums["loss"])
     for mine, theirs in zip(
         stage.backward(0, None), torch.autograd.grad(expected, (values[0], values[2])), strict=True

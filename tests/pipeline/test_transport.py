@@ -184,7 +184,7 @@ def test_what_has_left_is_let_go_while_the_step_still_runs(posted):
 def test_what_is_received_and_never_used_is_an_error(posted):
     transport = Transport("gloo", CPU)
     run(transport, lower(build_schedule("1f1b", 2, 1))[1].instructions)
-    with pytest.raises(AssertionError, match="never used: .*0F0 from rank 0 to rank 1"):
+    with pytest.raises(AssertionError, match=r"never used: .*0F0 from rank 0 to rank 1"):
         transport.finish()
 
 
