@@ -65,9 +65,10 @@ SAMPLES, TOKENS, WIDTH, VOCABULARY = 2, 8, 16, 32  # of a microbatch; a message 
 
 @dataclass
 class Clock:
-    """How long a layer takes, and by how much its naps have ended late so far."""
+    """How long a layer takes; how many naps there were so far, and by how much they ended late."""
 
     seconds: float = 0.0
+    naps: int = 0
     late: float = 0.0
 
     def nap(self) -> None:
@@ -75,6 +76,7 @@ class Clock:
         end = time.monotonic() + self.seconds
         while (left := end - time.monotonic()) > 0:
             time.sleep(left - 1e-3 if left > 2e-3 else max(left / 2, 5e-5))
+        self.naps += 1
         self.late -= left
 
 
@@ -196,18 +198,17 @@ class Candidate:
 
 
 def ours(name: str, num_microbatches: int, rank: int, group: dist.ProcessGroup) -> Candidate:
-    clock = Clock()
+    clock, device = Clock(), torch.device("cpu")
     schedule = build_schedule(name, RANKS, num_microbatches)
     model = Model(schedule.num_stages, clock)
-    layers = as_layers(model.layers())
-    parts = partition(layers, schedule.num_stages)
-    stages = {}
-    for index in schedule.stages_on(rank):
-        mine = [layers[position] for position in parts[index]]
-        stages[index] = Stage(index, schedule.num_stages, model, mine, WeightGradients())
-        for module in (module for layer in mine for module in layer.modules if isinstance(module, Sleeper)):
-            module.weight_gradients = stages[index].weight_gradients
-    device = torch.device("cpu")
+    stages = our_stages(model, schedule, rank)
+    parameters = [
+        parameter
+        for stage in stages.values()
+        for layer in stage.layers
+        for module in layer.modules
+        for parameter in module.parameters()
+    ]
     engine = Engine(
         model,
         partial(build_schedule, name, RANKS),
@@ -216,8 +217,6 @@ def ours(name: str, num_microbatches: int, rank: int, group: dist.ProcessGroup) 
         transport=Transport(group, device),
         dtype=torch.float32,
     )
-    modules = (module for stage in stages.values() for layer in stage.layers for module in layer.modules)
-    parameters = [parameter for module in modules for parameter in module.parameters()]
     forward = PipelinedForward(
         engine, parameters, num_ranks=RANKS, num_microbatches=num_microbatches, device=device, world=dist.group.WORLD
     )
@@ -230,27 +229,23 @@ def ours(name: str, num_microbatches: int, rank: int, group: dist.ProcessGroup) 
     return Candidate(name, num_microbatches, step, schedule, Costs(), clock, parameters)
 
 
+def our_stages(model: Model, schedule: Schedule, rank: int) -> dict[int, Stage]:
+    layers = as_layers(model.layers())
+    parts = partition(layers, schedule.num_stages)
+    stages = {}
+    for index in schedule.stages_on(rank):
+        mine, queue = [layers[position] for position in parts[index]], WeightGradients()
+        stages[index] = Stage(index, schedule.num_stages, model, mine, queue)
+        for module in (module for layer in mine for module in layer.modules if isinstance(module, Sleeper)):
+            module.weight_gradients = queue
+    return stages
+
+
 def torchs(name: str, num_microbatches: int, rank: int, group: dist.ProcessGroup) -> Candidate:
     clock = Clock()
-    make, routes = TORCH[name]
-    route = routes[0]
+    make, route = TORCH[name]
     model = Model(len(route), clock)
-    activation = torch.empty(SAMPLES, TOKENS, WIDTH, requires_grad=True)
-    stages = []
-    for index in (index for index, place in enumerate(route) if place == rank):
-        first = index == 0
-        example = torch.zeros(SAMPLES, TOKENS, dtype=torch.int64) if first else activation
-        module = nn.Sequential(*([model.embedding] if first else []), model.sleepers[index])
-        stage = PipelineStage(
-            module,
-            index,
-            len(route),
-            torch.device("cpu"),
-            input_args=example,
-            output_args=activation,
-            group=group,
-        )
-        stages.append(stage)
+    stages = [torch_stage(model, index, group) for index, place in enumerate(route) if place == rank]
     single = make is Schedule1F1B
     schedule: Any = make(stages[0] if single else stages, num_microbatches, loss_fn=squared_error)
     batch = build_batch(num_microbatches)
@@ -260,27 +255,43 @@ def torchs(name: str, num_microbatches: int, rank: int, group: dist.ProcessGroup
     def step() -> None:
         schedule.step(*arguments, target=target, losses=[] if target is not None else None, return_outputs=False)
 
-    if single:
-        on_paper = build_schedule("1f1b", RANKS, num_microbatches)
-    else:
-        steps = tuple(
-            tuple(parse_step("+".join(re.findall(r"\d+[FBIW]\d+", str(action)))) for action in actions if action)
-            for _, actions in sorted(schedule.pipeline_order.items())
-        )
-        on_paper = Schedule(name, num_microbatches, Placement(routes), steps)
-    first_stage_waits = Costs(
-        backward_input=(0.0, *[1.0] * (len(route) - 1)), backward_weight=(2.0, *[1.0] * (len(route) - 1))
-    )
+    on_paper = build_schedule("1f1b", RANKS, num_microbatches) if single else as_ours(schedule, num_microbatches, route)
+    others = [1.0] * (len(route) - 1)
+    costs = Costs(backward_input=(0.0, *others), backward_weight=(2.0, *others))
     parameters = [parameter for stage in stages for parameter in stage.submod.parameters()]
-    return Candidate(name, num_microbatches, step, on_paper, first_stage_waits, clock, parameters)
+    return Candidate(name, num_microbatches, step, on_paper, costs, clock, parameters)
+
+
+def torch_stage(model: Model, index: int, group: dist.ProcessGroup) -> PipelineStage:
+    """With its shapes declared, so that none has to be found out by a forward."""
+    activation = torch.empty(SAMPLES, TOKENS, WIDTH, requires_grad=True)
+    tokens = torch.zeros(SAMPLES, TOKENS, dtype=torch.int64)
+    return PipelineStage(
+        nn.Sequential(*([model.embedding] if index == 0 else []), model.sleepers[index]),
+        index,
+        len(model.sleepers),
+        torch.device("cpu"),
+        input_args=tokens if index == 0 else activation,
+        output_args=activation,
+        group=group,
+    )
+
+
+def as_ours(schedule: Any, num_microbatches: int, route: tuple[int, ...]) -> Schedule:
+    """Torch's order of actions, by rank: ``3F7`` there as here, and pairs as ``(3F7;0B2)OVERLAP_F_B``."""
+    steps = tuple(
+        tuple(parse_step("+".join(re.findall(r"\d+[FBIW]\d+", str(action)))) for action in actions if action)
+        for _, actions in sorted(schedule.pipeline_order.items())
+    )
+    return Schedule(type(schedule).__name__, num_microbatches, Placement((route,)), steps)
 
 
 _line = tuple(range(RANKS))
-TORCH: dict[str, tuple[Any, tuple[tuple[int, ...], ...]]] = {  # name -> schedule, rank of every stage
-    "torch 1F1B": (Schedule1F1B, (_line,)),
-    "torch InterleavedZeroBubble": (ScheduleInterleavedZeroBubble, (_line + _line,)),
-    "torch ZBVZeroBubble": (ScheduleZBVZeroBubble, (_line + _line[::-1],)),
-    "torch DualPipeV": (ScheduleDualPipeV, (_line + _line[::-1],)),
+TORCH: dict[str, tuple[Any, tuple[int, ...]]] = {  # name -> schedule, rank of every stage
+    "torch 1F1B": (Schedule1F1B, _line),
+    "torch InterleavedZeroBubble": (ScheduleInterleavedZeroBubble, _line + _line),
+    "torch ZBVZeroBubble": (ScheduleZBVZeroBubble, _line + _line[::-1]),
+    "torch DualPipeV": (ScheduleDualPipeV, _line + _line[::-1]),
 }
 OURS = ("1f1b", "zb1p", "dualpipev", "dualpipe")
 
@@ -337,15 +348,19 @@ def timed(candidate: Candidate, unit: float) -> tuple[float, float]:
     """Seconds from the common start until the last rank is done, and by how much a rank's naps were late."""
     for parameter in candidate.parameters:
         parameter.grad = None
-    candidate.clock.seconds, candidate.clock.late = unit * candidate.share, 0.0
+    clock = candidate.clock
+    clock.seconds, clock.naps, clock.late = unit * candidate.share, 0, 0.0
     start = torch.tensor(time.monotonic() + 0.02, dtype=torch.float64)
     dist.all_reduce(start, op=dist.ReduceOp.MAX)  # one clock for all processes of a machine
     with suppress(ValueError):
         time.sleep(float(start) - time.monotonic())
     candidate.step()
-    end, late = torch.tensor([time.monotonic(), candidate.clock.late], dtype=torch.float64)
+    end = torch.tensor(time.monotonic(), dtype=torch.float64)
     dist.all_reduce(end, op=dist.ReduceOp.MAX)
-    dist.all_reduce(late)
+    naps, late = sums = torch.tensor([clock.naps, clock.late], dtype=torch.float64)
+    dist.all_reduce(sums)
+    wanted = 3 * candidate.num_microbatches * candidate.on_paper.num_stages
+    assert naps == wanted, f"{candidate.name} computed {naps:g} of {wanted} forwards, input and weight gradients"
     return float(end - start), float(late) / RANKS
 
 

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero
 from typing_extensions import override
@@ -43,7 +43,8 @@ class TrainingCLI(LightningCLI):
             LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            save_config_kwargs={"overwrite": True},  # without a logger, every run has the same folder
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},  # a run may go on in the folder of another
             seed_everything_default=0,
             auto_configure_optimizers=False,
             parser_kwargs={"prog": "lightning-dualpipe"},
@@ -77,6 +78,15 @@ class TrainingCLI(LightningCLI):
     def predict(self, **kwargs: Any) -> None:
         """Nobody is there to receive the logits of all batches: they are for callbacks, a batch at a time."""
         self.trainer.predict(**{**kwargs, "return_predictions": bool(kwargs.get("return_predictions"))})
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes config.yaml into the folder of the logger. Without one, that would be where the user's may lie."""
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.loggers:
+            super().setup(trainer, pl_module, stage)
 
 
 def _refusal(error: Exception) -> ConfigurationError | None:

@@ -63,8 +63,8 @@ class UnheardSignal:
 
 def _position() -> tuple[int, int]:
     """Where the main thread is."""
-    frame = sys._current_frames()[threading.main_thread().ident or 0]
-    return id(frame), frame.f_lasti
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    return id(frame), frame.f_lasti if frame is not None else 0
 
 
 def stop_between_batches(trainer: Trainer) -> None:

@@ -11,12 +11,12 @@ Under torchrun and SLURM those start and end the ranks; only reports are written
 """
 
 import atexit
+import contextlib
 import math
 import multiprocessing
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -100,11 +100,10 @@ class _Observer(threading.Thread):
         if self._reported():  # it has noticed; a script may catch the error and go on, so only its exit is limited
             self._wait(math.inf, lambda: not threading.main_thread().is_alive())
             time.sleep(_LEAVING_SECONDS)
-        self._tell()
-        for worker in multiprocessing.active_children():
-            worker.kill()
-        sys.stdout.flush()
-        os._exit(1)
+        if self._tell():
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            os._exit(1)
 
     def _failed(self) -> bool:
         """Whether any rank has failed, this one included, or this one is to end and cannot."""
@@ -143,34 +142,45 @@ class _Observer(threading.Thread):
                 process.wait()
             self._processes = {rank: self._processes[rank] for rank in self._ended}
 
-    def _tell(self) -> None:
-        """The first cause, if there is one; by the first that comes here."""
+    def _tell(self) -> bool:
+        """The first cause, if there is one. False: the other thread has told it, or is about to."""
         if not self._telling.acquire(blocking=False):
-            return
+            return False
         cause = first_cause(read_reports(self._folder), self._ended)
         if cause is None and self._unheard():
             cause = f"stopped by a signal while rank {self._rank} waited for another rank"
         shutil.rmtree(self._folder, ignore_errors=True)
         if cause is not None:
             tell(cause)
+        return True
 
     def _at_exit(self) -> None:
         if os.getpid() != self._main:  # a fork of it ends
             return
-        if not self._failed() and self._running():
-            self._wait(_PATIENCE_SECONDS, lambda: self._failed() or not self._running())
-            if self._running() and not self._failed():
-                tell(f"rank {self._rank} has ended and waits for ranks {self._running()}; Ctrl+C ends them")
-                self._wait(math.inf, lambda: self._failed() or not self._running())
-        failed = self._failed()
-        causes = [report for report in read_reports(self._folder) if report.kind != "lost peer"]
-        mine = bool(causes) and causes[0].rank == self._rank and causes[0].kind == "error"
-        self._wait(_PARTING_SECONDS if mine else _GRACE_SECONDS, lambda: not self._running())
+        left = self._trainer.state.status == TrainerStatus.INTERRUPTED  # in the middle of a run
+        if not self._failed() and not left:
+            self._wait_for_ranks()
+        self._wait(_PARTING_SECONDS if self._is_first_cause() else _GRACE_SECONDS, lambda: not self._running())
+        failed, reported, at_work = self._failed(), self._reported(), self._running()
         self._end_ranks()
-        reported = self._reported()
         self._tell()
-        if failed and not reported:
+        if left and not failed and at_work:
+            tell(f"rank {self._rank} left; ranks {at_work} were still at work and were ended")
+        if not reported and (failed or (left and at_work)):
             os._exit(1)  # else the exit code would say that all went well
+
+    def _wait_for_ranks(self) -> None:
+        """As long as it takes: a rank may have more to do than this one."""
+        self._wait(_PATIENCE_SECONDS, lambda: self._failed() or not self._running())
+        if self._running() and not self._failed():
+            tell(f"rank {self._rank} has ended and waits for ranks {self._running()}; Ctrl+C ends them")
+            with contextlib.suppress(KeyboardInterrupt):
+                self._wait(math.inf, lambda: self._failed() or not self._running())
+
+    def _is_first_cause(self) -> bool:
+        """Whether the main process failed first; then the others wait for it, and cannot know."""
+        causes = [report for report in read_reports(self._folder) if report.kind != "lost peer"]
+        return bool(causes) and causes[0].rank == self._rank and causes[0].kind == "error"
 
 
 def join_run(rank: int) -> None:

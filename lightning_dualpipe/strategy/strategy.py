@@ -26,6 +26,7 @@ from lightning.fabric.utilities.distributed import (
     _distributed_is_initialized,
     _get_default_process_group_backend_for_device,
     _init_dist_connection,
+    _set_num_threads_if_needed,
 )
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states, pl_worker_init_function
@@ -206,6 +207,7 @@ class DualPipeStrategy(PipelineCheckpoints):
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
+        _set_num_threads_if_needed(num_processes=self.num_processes)  # in every rank: they share the cores
         self._check()  # again: another Trainer may have started processes since this one was made
         self.set_world_ranks()
         assert self.cluster_environment is not None

@@ -5,6 +5,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from lightning_dualpipe.callbacks import Throughput
 from lightning_dualpipe.metrics import TokenRate
@@ -55,7 +56,7 @@ def logged_by(module: L.LightningModule, batch: dict[str, torch.Tensor], **argum
         callbacks=[callback],
         **arguments,
     )
-    trainer.fit(module, [batch] * 6)
+    trainer.fit(module, DataLoader([batch] * 6, batch_size=None))  # type: ignore[arg-type]
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 

@@ -89,6 +89,12 @@ def test_there_is_no_advertisement(config: str, caplog: pytest.LogCaptureFixture
     assert "litmodels" not in caplog.text
 
 
+def test_the_configuration_of_the_user_is_left_alone(config: str) -> None:
+    before = Path(config).read_bytes()
+    assert run("fit", config, "--trainer.logger", "false", "--trainer.max_steps", "1") == 0
+    assert Path(config).read_bytes() == before
+
+
 def test_model_and_data_have_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     try:
         main(["fit", "--print_config"])

@@ -111,7 +111,7 @@ def test_a_signal_to_end_ends_all(tmp_path):
     check_gone(ended["to main alone, which waits in C"])
     assert ended["to main alone, which waits in C"].last_words.endswith("rank 0 stopped by SIGINT\n")
     check_gone(ended["SIGTERM to main alone"], code=143)
-    assert ended["SIGTERM to main alone"].last_words == "lightning-dualpipe: ranks 0, 1 stopped by SIGTERM\n"
+    assert ended["SIGTERM to main alone"].last_words.endswith("stopped by SIGTERM\n")
     assert "Traceback" not in "".join(each.error for each in ended.values())
 
 
