@@ -5,9 +5,10 @@ Which messages travel, and when each end posts them, was decided when the schedu
 ranks by order alone, so one exchange is one batch, built in the same order on both ends. gloo
 matches by tag, so there a receive may be posted before its exchange, and is: what is sent then need
 not wait until its receiver asks for it. A receive is waited for where its tensors are used, a send
-at the end of the step.
+a few exchanges later, when it has long arrived: until then its tensors must live.
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -28,7 +29,7 @@ class Transport:
     group: dist.ProcessGroup | None
     device: torch.device
     _arriving: dict[Message, tuple[list[dist.Work], tuple[Tensor, ...]]] = field(default_factory=dict)
-    _leaving: list[tuple[list[dist.Work], Tensor]] = field(default_factory=list)
+    _leaving: deque[tuple[list[dist.Work], list[Tensor]]] = field(default_factory=deque)
 
     def arrange(self, instructions: Sequence[Instruction]) -> tuple[Instruction, ...]:
         """A rank's program with its receives where this transport should post them."""
@@ -39,8 +40,7 @@ class Transport:
         sends: Iterable[tuple[Message, Sequence[Tensor]]],
         receives: Iterable[tuple[Message, Sequence[TensorSpec]]],
     ) -> None:
-        """Post all of one exchange; returns at once. Empty tensors do not travel: both ends know their shape."""
-        self._leaving = [(works, tensor) for works, tensor in self._leaving if not _completed(works)]
+        """Post all of one exchange, wait for none of it. Empty tensors do not travel: both ends know their shape."""
         outgoing = [
             (message, index, tensor.contiguous())
             for message, tensors in sends
@@ -56,6 +56,8 @@ class Transport:
             self._post_batch(outgoing, incoming)
         else:
             self._post_tagged(outgoing, incoming)
+        while len(self._leaving) > _EXCHANGES_IN_FLIGHT:
+            self._see_off()
 
     def take(self, message: Message) -> tuple[Tensor, ...]:
         """The tensors of a message, once they have arrived."""
@@ -65,10 +67,13 @@ class Transport:
 
     def finish(self) -> None:
         """Wait until everything sent has left."""
-        for works, _ in self._leaving:
-            _wait(works)
-        self._leaving.clear()
+        while self._leaving:
+            self._see_off()
         assert not self._arriving, f"received but never used: {list(map(str, self._arriving))}"
+
+    def _see_off(self) -> None:
+        works, _ = self._leaving.popleft()
+        _wait(works)
 
     @property
     def _in_batches(self) -> bool:
@@ -79,10 +84,12 @@ class Transport:
         self, outgoing: list[tuple[Message, int, Tensor]], incoming: list[tuple[Message, int, Tensor]]
     ) -> None:
         """Sends first: somebody may be waiting for them already."""
-        for message, index, tensor in outgoing:
-            work = dist.isend(tensor, group=self.group, group_dst=message.target_rank, tag=_tag(message, index))
-            assert work is not None
-            self._leaving.append(([work], tensor))
+        sent = [
+            dist.isend(tensor, group=self.group, group_dst=message.target_rank, tag=_tag(message, index))
+            for message, index, tensor in outgoing
+        ]
+        if sent:
+            self._leaving.append(([work for work in sent if work is not None], [tensor for *_, tensor in outgoing]))
         for message, index, tensor in incoming:
             work = dist.irecv(tensor, group=self.group, group_src=message.source_rank, tag=_tag(message, index))
             assert work is not None
@@ -104,17 +111,13 @@ class Transport:
         works = list(dist.batch_isend_irecv(operations))  # one list for all: whoever waits first waits for all
         for message, _, _ in incoming:
             self._arriving[message] = (works, self._arriving[message][1])
-        self._leaving.extend((works, tensor) for _, _, tensor in outgoing)
+        self._leaving.append((works, [tensor for *_, tensor in outgoing]))
 
 
 def _wait(works: list[dist.Work]) -> None:
     """Once for each: to gloo, waiting again is waiting for another message."""
     while works:
         works.pop().wait()
-
-
-def _completed(works: Sequence[dist.Work]) -> bool:
-    return all(work.is_completed() for work in works)
 
 
 def _receiving_early(instructions: Sequence[Instruction]) -> Iterator[Instruction]:
@@ -130,6 +133,7 @@ def _receiving_early(instructions: Sequence[Instruction]) -> Iterator[Instructio
             yield instruction
 
 
+_EXCHANGES_IN_FLIGHT = 8
 _TENSORS_PER_MESSAGE = 64
 
 

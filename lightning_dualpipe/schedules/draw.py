@@ -95,7 +95,7 @@ _ROW, _CELL = (
     0.40,
     0.31,
 )  # inches: a rank's height, and a forward's width where that gets neither too narrow nor too wide
-_MARGINS = (0.70, 0.25, 0.55, 0.62)  # inches: left, right, top, bottom
+_MARGINS = (0.70, 0.25, 0.55, 0.80)  # inches: left, right, top, bottom
 
 
 def draw_picture(schedule: Schedule, costs: Costs, path: str | PathLike[str]) -> Path:
@@ -204,4 +204,4 @@ def _draw_legend(axes: "Axes", schedule: Schedule) -> None:
     )
     if any(_shade(schedule, action) for action in actions):
         paler = "the way up the V" if len(schedule.placement.routes) == 1 else "the second direction"
-        _note(axes, f"paler: {paler}", (1, 0), -29, ha="right", fontsize=8, color=_FAINT)
+        _note(axes, f"paler: {paler}", (0, 0), -45, ha="left", fontsize=8, color=_FAINT)

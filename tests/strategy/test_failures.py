@@ -33,6 +33,7 @@ def check_gone(ended: Ended, *, code: int = 1) -> None:
     assert ended.left_behind == []
 
 
+@pytest.mark.slow
 def test_an_error_on_one_rank_ends_all_and_is_told_last(tmp_path):
     ended = run_together(
         {
@@ -65,6 +66,7 @@ def test_an_error_on_one_rank_ends_all_and_is_told_last(tmp_path):
     }  # save_on_exception neither hung nor left half a file
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_or_leaves_ends_all_and_training_goes_on_from_the_last_checkpoint(tmp_path):
     corpus = write_corpus(tmp_path)
     ended = run_together(
@@ -97,6 +99,7 @@ def resume(rank: int, corpus: str, checkpoint: str) -> list[float]:
     return program.train(["--corpus", corpus, "--resume", checkpoint])
 
 
+@pytest.mark.slow
 def test_a_signal_to_end_ends_all(tmp_path):
     ended = run_together(
         {
@@ -115,6 +118,7 @@ def test_a_signal_to_end_ends_all(tmp_path):
     assert "Traceback" not in "".join(each.error for each in ended.values())
 
 
+@pytest.mark.slow
 def test_under_torchrun_its_summary_names_the_root_cause(tmp_path):
     ended = run_together(
         {

@@ -24,6 +24,7 @@ FOUR = ("--strategy", '{"pipeline_parallel_size": 4}')
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
 
+@pytest.mark.slow
 def test_every_way_to_start_a_run_gives_the_losses_of_a_single_process(tmp_path):
     expected = program.train(["--strategy", "null", "--devices", "1"])
     assert expected[-1] < expected[0]
