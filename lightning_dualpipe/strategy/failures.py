@@ -102,6 +102,8 @@ def report_uncaught_errors(*, rank: int) -> None:
         report_failure(error, rank=rank)
         if run is not None and _kind(error) == "lost peer":
             tell(f"rank {rank} ends because it lost its connection to another rank")
+            if os.getpid() != run.main:  # if that was the main process, the thread that watches it has the last word
+                time.sleep(_ORPHANED_WITHIN_SECONDS)
             return
         usual(kind, error, place)
         if run is not None:
@@ -109,6 +111,9 @@ def report_uncaught_errors(*, rank: int) -> None:
                 _path(run.folder, rank).with_suffix(".shown").touch()
 
     sys.excepthook = report
+
+
+_ORPHANED_WITHIN_SECONDS = 0.5  # a process that dies closes its connections first; then its children lose their parent
 
 
 def read_reports(folder: Path) -> list[Report]:

@@ -16,6 +16,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
@@ -61,7 +62,12 @@ class PipelineLauncher(_SubprocessScriptLauncher):
             trainer.strategy.check_model()  # now, so that it is said once and not by every rank
             run = LocalRun(os.getpid(), Path(tempfile.mkdtemp(prefix="lightning-dualpipe-")))
             run.announce()
-            self._call_children_scripts()
+            try:
+                self._call_children_scripts()
+            except BaseException:
+                shutil.rmtree(run.folder)
+                self.kill(signal.SIGKILL)
+                raise
             rank = self.cluster_environment.node_rank() * self.num_processes
             report_uncaught_errors(rank=rank)
             _Observer(trainer, run.folder, rank, self.procs).start()

@@ -73,14 +73,16 @@ def test_a_rank_that_dies_or_leaves_ends_all_and_training_goes_on_from_the_last_
         {
             "killed": failing((*MODULE, "--save", "--corpus", corpus), "training_step", 1, "die"),
             "main killed": failing((*SCRIPT, *THREE, "--workers", "1"), "callback", 1, "kill_main_and_hang"),
+            "main dies": failing(SCRIPT, "training_step", 0, "die"),
             "left": failing((*SCRIPT, "--careless"), "callback", 1, "leave"),
         },
         tmp_path,
     )
     check_gone(ended["killed"])
     assert ended["killed"].last_words.startswith("lightning-dualpipe: rank 1 was killed by SIGKILL")
-    check_gone(ended["main killed"], code=-9)
-    assert ended["main killed"].last_words.startswith("lightning-dualpipe: rank 0 is gone without a word")
+    for name in ("main killed", "main dies"):
+        check_gone(ended[name], code=-9)
+        assert ended[name].last_words.startswith("lightning-dualpipe: rank 0 is gone without a word")
     assert "caught RuntimeError" in ended["left"].output
     check_gone(ended["left"], code=0)  # the script's own decision
     assert "rank 1 had left with exit code 0" in ended["left"].last_words
@@ -134,6 +136,16 @@ def test_under_torchrun_its_summary_names_the_root_cause(tmp_path):
     assert "rank      : 1 " in root_cause and "ArithmeticError: the sky is falling" in root_cause
     root_cause = ended["killed"].error.rpartition("Root Cause")[2]
     assert "rank      : 1 " in root_cause and "Signal 9 (SIGKILL)" in root_cause
+
+
+def test_a_program_that_cannot_start_its_ranks_leaves_nothing_behind(monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no more processes")
+
+    monkeypatch.setattr("subprocess.Popen", refuse)
+    with pytest.raises(OSError, match="no more processes"):
+        program.train(["--devices", "2"])
+    del os.environ["LIGHTNING_DUALPIPE_RUN"]  # no matter in a program, which ends here
 
 
 # ---- the first cause, without processes -----------------------------------------------------------
