@@ -152,13 +152,15 @@ def first_cause(reports: list[Report], ended: Mapping[int, int | None]) -> str |
 
 
 def tell(message: str) -> None:
-    """On standard error, after everything that was printed before."""
-    with contextlib.suppress(
-        OSError, ValueError, AttributeError
-    ):  # closed, or there is none: the run ends all the same
+    """On standard error, after everything that was printed before.
+
+    On the original one: while torch prints a traceback, it has another in its place, for all threads.
+    """
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or there is none: the run still ends
         sys.stdout.flush()
-        sys.stderr.write(f"lightning-dualpipe: {message}\n")
-        sys.stderr.flush()
+        stream = sys.__stderr__ or sys.stderr
+        stream.write(f"lightning-dualpipe: {message}\n")
+        stream.flush()
 
 
 def _cause(causes: list[Report]) -> str:
