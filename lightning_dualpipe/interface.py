@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Batch",
+    "Flight",
     "InitializesWeights",
     "Layer",
     "Phase",
@@ -51,18 +52,61 @@ class TensorSpec:
     dtype: torch.dtype | None = None
 
 
+class Flight(Protocol):
+    """Values on their way to other ranks. Launched, it needs nobody until somebody wants what arrives."""
+
+    def land(self) -> Values:
+        """Wait, and return what has arrived. Once."""
+        ...
+
+    def back(self, gradients: Values) -> Flight:
+        """Launch the way back: of each of the values that arrived, the gradient, or None where there is none."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A piece of a layer that is all compute or all communication."""
+    """A piece of a layer that is all compute or all communication.
+
+    A phase that communicates has a ``launch`` too, by which a pipeline can compute something else while
+    the values travel; ``run`` is the same with the waiting, and its backward.
+    """
 
     name: str
     run: Callable[..., Any]  # (*values) -> a tensor or a tuple
-    communicates: bool = False
+    launch: Callable[..., Flight] | None = None  # (*values) -> the same tuple, on its way
     takes_batch: bool = False  # run(*values, batch=batch)
+    skips: int = 0  # so many leading values pass it by
+    takes: int | None = None  # and it is given so many of the others, or all; the rest pass it by too
+    has_peers: Callable[[], bool] | None = None  # whether ``launch`` has anybody to talk to; None: yes
 
     def __call__(self, values: Values, batch: Batch) -> Values:
-        out = self.run(*values, batch=batch) if self.takes_batch else self.run(*values)
-        return out if isinstance(out, tuple) else (out,)
+        mine = self.own(values)
+        out = self.run(*mine, batch=batch) if self.takes_batch else self.run(*mine)
+        return self.replaced(values, out if isinstance(out, tuple) else (out,))
+
+    @property
+    def communicates(self) -> bool:
+        return self.launch is not None and (self.has_peers is None or self.has_peers())
+
+    def own(self, values: Values) -> Values:
+        """Of the values of the phase before, those that this one works on."""
+        return values[self.skips : self._end(values)]
+
+    def replaced(self, values: Values, own: Values) -> Values:
+        """``values`` with its own replaced."""
+        return *values[: self.skips], *own, *values[self._end(values) :]
+
+    def is_passed_by(self, other: Phase) -> bool:
+        """Whether ``other`` works on values behind this one's alone: it can run while these travel."""
+        return not other.communicates and self.takes is not None and other.skips >= self.skips + self.takes
+
+    def after(self, count: int) -> Phase:
+        """The same phase where ``count`` more values lead."""
+        return replace(self, skips=self.skips + count)
+
+    def _end(self, values: Values) -> int:
+        return len(values) if self.takes is None else self.skips + self.takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +208,12 @@ class WeightGradients:
         """Compute the ``count`` that have waited longest."""
         for _ in range(count):
             self._waiting.popleft()()
+
+    def take(self) -> list[Callable[[], None]]:
+        """All that wait, in order; from now on it is the caller who computes them."""
+        taken = list(self._waiting)
+        self._waiting.clear()
+        return taken
 
 
 def as_layers(entries: Iterable[Layer | nn.Module]) -> tuple[Layer, ...]:

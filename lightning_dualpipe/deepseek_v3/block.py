@@ -1,19 +1,24 @@
 """A decoder block, cut into phases that only compute or only communicate.
 
     dense   h ─► attend ─► feed_forward ─► h
-    MoE     h ─► attend ─► dispatch ══► experts ─► combine ══► h          ══ may cross ranks
+    MoE     h ─► attend ─┬─ dispatch ══► experts ─► combine ══► add ─► h         ══ may cross ranks
+                         └─ shared_experts ─────────────────────┘
 
-``attend`` holds attention, both norms and the router; ``experts`` the routed and the shared ones.
+``attend`` holds attention, both norms and the router. The shared experts need nothing of what travels,
+so they can run while it does, forward and backward.
+
 A pipeline runs a phase of one microbatch while another one's communicates (technical report,
 figure 4); ``forward`` is their composition. The sequence-wise balance loss rides along with the
 hidden state, each layer adding its own.
 
 Shapes: B sequences, T positions, D hidden, N = B T tokens, K experts per token, R rows at experts.
+``rows`` and ``weights`` lie as the dispatcher packed them.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,7 +28,7 @@ from lightning_dualpipe.deepseek_v3.mlp import MLP
 from lightning_dualpipe.deepseek_v3.moe import MoE
 from lightning_dualpipe.deepseek_v3.norm import RMSNorm
 from lightning_dualpipe.deepseek_v3.rope import Rotary
-from lightning_dualpipe.interface import Phase, Values
+from lightning_dualpipe.interface import Flight, Phase, Values
 from lightning_dualpipe.parallel.dispatch import Routing
 
 __all__ = ["Block", "DenseBlock", "MoEBlock"]
@@ -77,27 +82,43 @@ class MoEBlock(Block):
     def phases(self) -> tuple[Phase, ...]:
         return (
             Phase("attend", self._attend),
-            Phase("dispatch", self._dispatch, communicates=True),
-            Phase("experts", self._experts),
-            Phase("combine", self._combine, communicates=True),
+            Phase("dispatch", self._sent, launch=self._send, takes=3, has_peers=self._crosses_ranks),
+            Phase("shared_experts", self._shared_experts, skips=3, takes=2),
+            Phase("experts", self._experts, takes=3),
+            Phase("combine", self._sent_back, launch=self._send_back, takes=2, has_peers=self._crosses_ranks),
+            Phase("add", self._add),
         )
 
     def _attend(self, h_BTD: Tensor, balance_B: Tensor) -> Values:
         h_BTD, x_BTD = self._attended(h_BTD)
         weights_NK, experts_NK, own_B = self.mlp.gate(x_BTD)
-        return h_BTD, x_BTD, weights_NK, experts_NK, balance_B + own_B
+        packed = self.mlp.dispatcher.pack(x_BTD.flatten(0, 1), weights_NK, experts_NK)
+        return *packed, h_BTD, x_BTD, balance_B + own_B
 
-    def _dispatch(
-        self, h_BTD: Tensor, x_BTD: Tensor, weights_NK: Tensor, experts_NK: Tensor, balance_B: Tensor
-    ) -> Values:
-        x_RD, weights_R, routing = self.mlp.dispatcher.dispatch(x_BTD.flatten(0, 1), weights_NK, experts_NK)
-        return h_BTD, x_BTD, x_RD, weights_R, routing, balance_B
+    def _shared_experts(self, h_BTD: Tensor, x_BTD: Tensor) -> Tensor:
+        return h_BTD + self.mlp.shared_experts(x_BTD)
 
-    def _experts(
-        self, h_BTD: Tensor, x_BTD: Tensor, x_RD: Tensor, weights_R: Tensor, routing: Routing, balance_B: Tensor
-    ) -> Values:
+    def _experts(self, rows: Tensor, weights: Tensor, plan: Any) -> Values:
+        x_RD, weights_R, routing = self.mlp.dispatcher.unpack(rows, weights, plan)
         y_RD = self.mlp.experts(x_RD, weights_R, routing.counts_E)
-        return h_BTD + self.mlp.shared_experts(x_BTD), y_RD, routing, balance_B
+        return self.mlp.dispatcher.gather(y_RD, routing), routing
 
-    def _combine(self, h_BTD: Tensor, y_RD: Tensor, routing: Routing, balance_B: Tensor) -> Values:
-        return h_BTD + self.mlp.dispatcher.combine(y_RD, routing).view_as(h_BTD), balance_B
+    def _add(self, rows: Tensor, routing: Routing, h_BTD: Tensor, balance_B: Tensor) -> Values:
+        return h_BTD + self.mlp.dispatcher.collect(rows, routing).view_as(h_BTD), balance_B
+
+    # The dispatcher is looked up when a phase runs: a strategy replaces it after it has cut the model.
+
+    def _send(self, *packed: Any) -> Flight:
+        return self.mlp.dispatcher.send(*packed)
+
+    def _sent(self, *packed: Any) -> Values:
+        return self.mlp.dispatcher.sent(*packed)
+
+    def _send_back(self, *gathered: Any) -> Flight:
+        return self.mlp.dispatcher.send_back(*gathered)
+
+    def _sent_back(self, *gathered: Any) -> Values:
+        return self.mlp.dispatcher.sent_back(*gathered)
+
+    def _crosses_ranks(self) -> bool:
+        return self.mlp.dispatcher.crosses_ranks

@@ -55,17 +55,8 @@ class MTP(nn.Module):
             return self.norm(h_BTD), balance_B
 
         inner = (*self.block.phases(), Phase("norm", norm))
-        return Phase("join", join, takes_batch=True), *(_carrying(self.depth, phase) for phase in inner)
+        return Phase("join", join, takes_batch=True), *(phase.after(self.depth) for phase in inner)
 
     def _joined(self, h_BTD: Tensor, embedding_BTD: Tensor) -> Tensor:
         joined: Tensor = self.eh_proj(torch.cat((self.enorm(embedding_BTD), self.hnorm(h_BTD)), dim=-1))
         return joined
-
-
-def _carrying(count: int, phase: Phase) -> Phase:
-    """``phase``, handing its first ``count`` values on untouched."""
-
-    def run(*values: object) -> Values:
-        return *values[:count], *phase(values[count:], {})
-
-    return Phase(phase.name, run, communicates=phase.communicates)

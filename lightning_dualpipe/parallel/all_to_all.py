@@ -1,22 +1,32 @@
-"""All-to-all of rows with uneven counts, differentiable; every rank takes part in its backward too.
+"""All-to-all of rows with uneven counts, as a flight: launched here, waited for where the rows are needed.
 
-Autograd leaves out what it believes nobody needs: the backward of a rank whose input requires no
-gradient, for instance because it has not a single token. If one rank leaves out a collective, the
-others wait for ever. So ranks tell each other beforehand which gradients they want, and all of them
-run the backward of everything that anybody wants.
+    counts_SE ──agree──► Crossing: how many rows go to and come from each rank
+                            │ launch(x_RD, weights_R)           rows leave, sorted by destination
+                            ▼
+                         RowFlight ── land() ──► rows that came, sorted by source
+                            │ back(gradients)                   the same way in the other direction
+                            ▼
+                         RowFlight ── land() ──► gradients of the rows that left
+
+Every rank takes part in every crossing and in its way back, with no row at all if need be: a rank
+that left out a collective would keep the others waiting for ever.
+
+Shapes: S ranks of the group, E experts of each, R rows.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-__all__ = ["Crossing", "agree", "cross"]
+from lightning_dualpipe.interface import Values
+
+__all__ = ["Crossing", "RowFlight", "agree"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,66 +37,55 @@ class Crossing:
     sent: list[int]
     received: list[int]
 
-    def back(self) -> Crossing:
+    def reversed(self) -> Crossing:
         return Crossing(self.group, sent=self.received, received=self.sent)
 
-    def launch(self, x: Tensor) -> tuple[Tensor, dist.Work]:
-        """Start the all-to-all; the result may be read after ``wait``."""
-        out = x.new_empty(sum(self.received), *x.shape[1:])
-        work = dist.all_to_all_single(out, x.contiguous(), self.received, self.sent, group=self.group, async_op=True)
-        return out, work
+    def launch(self, *tensors: Tensor, beside: Sequence[Any] = ()) -> RowFlight:
+        """Send the rows of each tensor; ``beside`` does not travel and is handed out where they land."""
+        leaving = tuple(tensor.contiguous() for tensor in tensors)
+        arriving = tuple(x.new_empty(sum(self.received), *x.shape[1:]) for x in leaving)
+        works = [self._start(out, x) for out, x in zip(arriving, leaving, strict=True)]
+        return RowFlight(self, tuple(beside), len(tensors), leaving, arriving, works)
+
+    def _start(self, out: Tensor, x: Tensor) -> dist.Work:
+        work = dist.all_to_all_single(out, x, self.received, self.sent, group=self.group, async_op=True)
+        assert work is not None, "this rank belongs to the group"
+        return work
 
 
-def agree(
-    counts_SE: Tensor, group: dist.ProcessGroup, wants: tuple[bool, ...]
-) -> tuple[Tensor, Crossing, tuple[bool, ...]]:
-    """Tell rank s of the group that ``counts_SE[s]`` rows are coming, by its experts, and which gradients we want.
+@dataclass(slots=True, eq=False)
+class RowFlight:
+    """An ``interface.Flight``. ``beside`` follows the tensors that land, and has no gradient."""
 
-    Returns the counts that the others tell us, in the same form; the crossing; and for each of
-    ``wants`` whether any rank does. Waits once for the device: buffers need their sizes.
+    crossing: Crossing
+    beside: Values
+    num_tensors: int
+    _leaving: tuple[Tensor, ...]  # must live until they have left
+    _arriving: tuple[Tensor, ...]
+    _works: list[dist.Work] = field(repr=False)
+
+    def land(self) -> Values:
+        for work in self._works:
+            work.wait()
+        landed = self._arriving
+        self._leaving, self._arriving, self._works = (), (), []
+        for tensor in landed:
+            if tensor.is_cuda:  # its memory may belong to the stream it was launched from
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        return *landed, *self.beside
+
+    def back(self, gradients: Values) -> RowFlight:
+        nothing = (None,) * len(self.beside)
+        return self.crossing.reversed().launch(*gradients[: self.num_tensors], beside=nothing)
+
+
+def agree(counts_SE: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Crossing]:
+    """Tell rank s of the group that ``counts_SE[s]`` rows are coming, by its experts.
+
+    Returns the counts that the others tell us, in the same form, and the crossing. Makes the host wait
+    for the counts: buffers need their sizes.
     """
-    flags_SF = torch.stack([torch.full_like(counts_SE[:, 0], int(want)) for want in wants], dim=1)
-    telling = torch.cat([counts_SE, flags_SF], dim=1)
-    told = torch.empty_like(telling)
-    dist.all_to_all_single(told, telling, group=group)
-    num_experts = counts_SE.shape[1]
-    sent, received = torch.stack([telling, told]).tolist()
-    crossing = Crossing(
-        group,
-        sent=[sum(row[:num_experts]) for row in sent],
-        received=[sum(row[:num_experts]) for row in received],
-    )
-    return told[:, :num_experts], crossing, tuple(any(flags) for flags in zip(*received, strict=True))[num_experts:]
-
-
-def cross(crossing: Crossing, wanted: tuple[bool, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Send the rows of each tensor. Gradients travel back where ``wanted``, which must be equal on all ranks."""
-    # requires a gradient whenever any rank wants one, so that autograd does not leave out this rank
-    anchor = torch.empty(0, requires_grad=any(wanted))
-    crossed: tuple[Tensor, ...] = _Cross.apply(crossing, wanted, anchor, *tensors)
-    return crossed
-
-
-class _Cross(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, crossing: Crossing, wanted: tuple[bool, ...], anchor: Tensor, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.crossing, ctx.wanted = crossing, wanted
-        crossed = _exchange(crossing, *tensors)
-        ctx.mark_non_differentiable(*(out for out, want in zip(crossed, wanted, strict=True) if not want))
-        return crossed
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = [grad for grad, want in zip(grads, ctx.wanted, strict=True) if want]
-        returned = iter(_exchange(ctx.crossing.back(), *wanted))
-        return None, None, None, *(next(returned) if want else None for want in ctx.wanted)
-
-
-def _exchange(crossing: Crossing, *tensors: Tensor) -> tuple[Tensor, ...]:
-    launched = [crossing.launch(tensor) for tensor in tensors]
-    for _, work in launched:
-        work.wait()
-    return tuple(out for out, _ in launched)
+    told_SE = torch.empty_like(counts_SE)
+    dist.all_to_all_single(told_SE, counts_SE.contiguous(), group=group)
+    sent, received = torch.stack([counts_SE, told_SE]).sum(-1).tolist()
+    return told_SE, Crossing(group, sent=sent, received=received)

@@ -1,14 +1,19 @@
 """Sending tokens to their experts and bringing the results home.
 
-    x_ND ──dispatch──► x_RD, one row per (token, chosen expert), sorted by expert
-                         │  expert e works on counts_E[e] neighbouring rows, times weights_R
-    y_ND ◄──combine─── y_RD, the K rows of each token summed in the order of k
+    x_ND ──pack──► rows ══send══► rows ──unpack──► x_RD, one row per (token, chosen expert), sorted by expert
+                                                     │  expert e works on counts_E[e] neighbours, times weights_R
+    y_ND ◄─collect─ rows ◄══send_back══ rows ◄─gather─ y_RD       the K rows of each token summed in the order of k
 
-The dispatcher is the only seam for expert parallelism in model code. ``LocalDispatcher`` is the
-definition, a stable sort; ``AllToAllDispatcher`` gives each token the same bits:
+    dispatch = pack, send, unpack        combine = gather, send_back, collect        ══ may cross ranks
 
-    sort by expert ──► all-to-all ──► rows of each source rank ──regroup──► rows of each expert
-      = by destination rank: a rank holds neighbouring experts
+The dispatcher is the only seam for expert parallelism in model code. Its steps either compute on this
+rank, under autograd, or communicate, as an ``interface.Flight``; a pipeline runs other work while one is
+under way. ``LocalDispatcher`` is the definition, a stable sort; ``AllToAllDispatcher`` gives each token
+the same bits:
+
+    pack: sort by expert            rows lie in the order of the ranks they go to: a rank holds neighbours
+    send: all-to-all                rows lie in the order of the ranks they came from
+    unpack: regroup                 rows lie in the order of experts, and of (rank, token) within one
 
 Weights are applied on the expert side, so combine is a plain sum, and dispatch and combine are each
 other's backward: what one spreads, the other sums. No token is ever dropped.
@@ -19,15 +24,18 @@ of the expert group, D width.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lightning_dualpipe.errors import ConfigurationError
-from lightning_dualpipe.parallel.all_to_all import Crossing, agree, cross
+from lightning_dualpipe.interface import Flight, Values
+from lightning_dualpipe.parallel.all_to_all import Crossing, agree
+from lightning_dualpipe.parallel.flight import fly
 from lightning_dualpipe.parallel.rows import RowOrder, invert, permute_rows
 
 __all__ = ["AllToAllDispatcher", "LocalDispatcher", "Routing", "SpreadsExperts", "TokenDispatcher"]
@@ -40,8 +48,10 @@ class Routing:
     counts_E: Tensor  # int64 on the device of the rows: rows of each local expert, in order
 
 
-class TokenDispatcher(Protocol):
+class TokenDispatcher(ABC):
     """``num_local_experts`` experts live here, from the global index ``first_local_expert`` on.
+
+    ``plan`` is whatever a dispatcher has to remember between its steps.
 
     Experts must keep their output in the graph even when they receive no row: the backward of a
     dispatcher that crosses ranks is a collective as well.
@@ -49,17 +59,48 @@ class TokenDispatcher(Protocol):
 
     num_local_experts: int
     first_local_expert: int
+    crosses_ranks: bool
+    """Whether ``send`` and ``send_back`` talk to anybody."""
+
+    @abstractmethod
+    def pack(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """``(rows, weights, plan)``: what ``send`` takes. ``experts_NK`` are global indices (int64)."""
+
+    @abstractmethod
+    def send(self, rows: Tensor, weights: Tensor, plan: Any) -> Flight:
+        """Lands ``(rows, weights, plan)``, what ``unpack`` takes."""
+
+    @abstractmethod
+    def unpack(self, rows: Tensor, weights: Tensor, plan: Any) -> tuple[Tensor, Tensor, Routing]:
+        """``(x_RD, weights_R, routing)``: sorted by local expert, in a fixed order of tokens within one."""
+
+    @abstractmethod
+    def gather(self, y_RD: Tensor, routing: Routing) -> Tensor:
+        """What ``send_back`` takes, of the experts' results."""
+
+    @abstractmethod
+    def send_back(self, rows: Tensor, routing: Routing) -> Flight:
+        """Lands ``(rows, routing)``, what ``collect`` takes."""
+
+    @abstractmethod
+    def collect(self, rows: Tensor, routing: Routing) -> Tensor:
+        """``y_ND``: the sum over the K rows of each token, in the order of k."""
 
     def dispatch(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> tuple[Tensor, Tensor, Routing]:
-        """``(x_RD, weights_R, routing)``: rows sorted by local expert, in a fixed order of tokens within one.
-
-        ``experts_NK`` are global indices (int64). Differentiable in ``x_ND`` and ``weights_NK``.
-        """
-        ...
+        """``(x_RD, weights_R, routing)`` of ``unpack``. Differentiable in ``x_ND`` and ``weights_NK``."""
+        return self.unpack(*self.sent(*self.pack(x_ND, weights_NK, experts_NK)))
 
     def combine(self, y_RD: Tensor, routing: Routing) -> Tensor:
-        """``y_ND``: the sum over the K rows of each token, in the order of k."""
-        ...
+        """``y_ND`` of ``collect``. Differentiable in ``y_RD``."""
+        return self.collect(*self.sent_back(self.gather(y_RD, routing), routing))
+
+    def sent(self, rows: Tensor, weights: Tensor, plan: Any) -> Values:
+        """What lands of ``send``, differentiable."""
+        return fly(self.send, rows, weights, plan)
+
+    def sent_back(self, rows: Tensor, routing: Routing) -> Values:
+        """What lands of ``send_back``, differentiable."""
+        return fly(self.send_back, rows, routing)
 
 
 @runtime_checkable
@@ -74,29 +115,50 @@ class SpreadsExperts(Protocol):
         ...
 
 
-class LocalDispatcher:
+class LocalDispatcher(TokenDispatcher):
     """All experts live on this rank. Needs no host synchronisation: R = N * K is known beforehand."""
+
+    crosses_ranks = False
 
     def __init__(self, num_experts: int) -> None:
         self.num_local_experts = num_experts
         self.first_local_expert = 0
 
-    def dispatch(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> tuple[Tensor, Tensor, Routing]:
+    def pack(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> tuple[Tensor, Tensor, RowOrder]:
         rows = RowOrder.by_expert(experts_NK)
-        x_RD, weights_R = rows.spread(x_ND, weights_NK)
-        return x_RD, weights_R, _LocalRouting(rows.counts(self.num_local_experts), rows)
+        return *rows.spread(x_ND, weights_NK), rows
 
-    def combine(self, y_RD: Tensor, routing: Routing) -> Tensor:
+    def send(self, rows: Tensor, weights: Tensor, plan: RowOrder) -> Flight:
+        return _Stay((rows, weights, plan))
+
+    def unpack(self, rows: Tensor, weights: Tensor, plan: RowOrder) -> tuple[Tensor, Tensor, Routing]:
+        return rows, weights, _LocalRouting(plan.counts(self.num_local_experts), plan)
+
+    def gather(self, y_RD: Tensor, routing: Routing) -> Tensor:
+        return y_RD
+
+    def send_back(self, rows: Tensor, routing: Routing) -> Flight:
+        return _Stay((rows, routing))
+
+    def collect(self, rows: Tensor, routing: Routing) -> Tensor:
         assert isinstance(routing, _LocalRouting), "a routing belongs to the dispatcher that made it"
-        return routing.rows.collect(y_RD)
+        return routing.rows.collect(rows)
+
+    def sent(self, rows: Tensor, weights: Tensor, plan: RowOrder) -> Values:
+        return rows, weights, plan
+
+    def sent_back(self, rows: Tensor, routing: Routing) -> Values:
+        return rows, routing
 
 
-class AllToAllDispatcher:
+class AllToAllDispatcher(TokenDispatcher):
     """Rank r of ``group`` holds the experts ``[r * num_local_experts, (r + 1) * num_local_experts)``.
 
-    All ranks of the group call ``dispatch`` and ``combine`` equally often, with any number of
-    tokens, none included. ``dispatch`` makes the host wait once for the device.
+    All ranks of the group take the same steps equally often, with any number of tokens, none included.
+    ``send`` makes the host wait for the other ranks' counts of tokens.
     """
+
+    crosses_ranks = True
 
     def __init__(self, num_experts: int, group: dist.ProcessGroup) -> None:
         if num_experts % group.size():
@@ -108,25 +170,35 @@ class AllToAllDispatcher:
         self.first_local_expert = group.rank() * self.num_local_experts
         self._group = group
 
-    def dispatch(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> tuple[Tensor, Tensor, Routing]:
-        num_ranks = self._group.size()
+    def pack(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> tuple[Tensor, Tensor, RowOrder]:
         rows = RowOrder.by_expert(experts_NK)
-        leaving_SE = rows.counts(num_ranks * self.num_local_experts).view(num_ranks, -1)
-        grad = torch.is_grad_enabled()
-        wants = grad and x_ND.requires_grad, grad and weights_NK.requires_grad
-        arriving_SE, crossing, wanted = agree(leaving_SE, self._group, wants)
-        x_RD, weights_R = cross(crossing, wanted, *rows.spread(x_ND, weights_NK))
-        order_R = _by_expert(arriving_SE, len(x_RD))
-        inverse_R = invert(order_R)
-        routing = _CrossRouting(arriving_SE.sum(0), rows, crossing, order_R, inverse_R, any(wanted))
-        return permute_rows(x_RD, order_R, inverse_R), permute_rows(weights_R, order_R, inverse_R), routing
+        return *rows.spread(x_ND, weights_NK), rows
 
-    def combine(self, y_RD: Tensor, routing: Routing) -> Tensor:
+    def send(self, rows: Tensor, weights: Tensor, plan: RowOrder) -> Flight:
+        num_ranks = self._group.size()
+        leaving_SE = plan.counts(num_ranks * self.num_local_experts).view(num_ranks, -1)
+        arriving_SE, crossing = agree(leaving_SE, self._group)
+        return crossing.launch(rows, weights, beside=[_Crossed(plan, crossing, arriving_SE)])
+
+    def unpack(self, rows: Tensor, weights: Tensor, plan: _Crossed) -> tuple[Tensor, Tensor, Routing]:
+        order_R = _by_expert(plan.arriving_SE, len(rows))
+        inverse_R = invert(order_R)
+        routing = _CrossRouting(plan.arriving_SE.sum(0), plan.rows, plan.crossing, order_R, inverse_R)
+        return permute_rows(rows, order_R, inverse_R), permute_rows(weights, order_R, inverse_R), routing
+
+    def gather(self, y_RD: Tensor, routing: Routing) -> Tensor:
         assert isinstance(routing, _CrossRouting), "a routing belongs to the dispatcher that made it"
-        assert y_RD.requires_grad or not routing.wanted, "experts without rows must keep their output in the graph"
-        y_RD = permute_rows(y_RD, routing.inverse_R, routing.order_R)
-        (y_RD,) = cross(routing.crossing.back(), (y_RD.requires_grad,), y_RD)
-        return routing.rows.collect(y_RD)
+        in_graph = y_RD.requires_grad or not torch.is_grad_enabled()
+        assert in_graph, "experts without rows must keep their output in the graph"
+        return permute_rows(y_RD, routing.inverse_R, routing.order_R)
+
+    def send_back(self, rows: Tensor, routing: Routing) -> Flight:
+        assert isinstance(routing, _CrossRouting)
+        return routing.crossing.reversed().launch(rows, beside=[routing])
+
+    def collect(self, rows: Tensor, routing: Routing) -> Tensor:
+        assert isinstance(routing, _CrossRouting)
+        return routing.rows.collect(rows)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -135,12 +207,33 @@ class _LocalRouting(Routing):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class _Crossed:
+    """What is known of rows that have arrived and are not sorted yet."""
+
+    rows: RowOrder  # of those that left
+    crossing: Crossing
+    arriving_SE: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _CrossRouting(Routing):
     rows: RowOrder  # here, before they leave
     crossing: Crossing
     order_R: Tensor  # row by (expert, source rank) -> row by (source rank, expert)
     inverse_R: Tensor
-    wanted: bool  # some rank wants gradients
+
+
+@dataclass(frozen=True, slots=True)
+class _Stay:
+    """A flight that goes nowhere."""
+
+    values: Values
+
+    def land(self) -> Values:
+        return self.values
+
+    def back(self, gradients: Values) -> Flight:
+        return _Stay(gradients)
 
 
 def _by_expert(counts_SE: Tensor, num_rows: int) -> Tensor:

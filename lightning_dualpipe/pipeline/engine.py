@@ -1,23 +1,29 @@
-"""Run a lowered program on this rank: one line per kind of action.
+"""Run a lowered program on this rank.
 
 The schedule decides what is computed when, its lowering what is sent when; the engine only follows.
 It knows stages and messages, not the model, and computes local gradients: replicas and data ranks
-are summed afterwards (``parallel.replicas``).
+are summed afterwards (``parallel.replicas``). The forward and the backward of a step run together
+(``pipeline.overlap``), and what either gives is handed on as soon as it is there.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.interface import Batch, PipelineModel, TensorSpec, Values
+from lightning_dualpipe.pipeline.overlap import ORDERS, LaunchOrder, run_pair
 from lightning_dualpipe.pipeline.stage import Stage
 from lightning_dualpipe.pipeline.transport import Transport
-from lightning_dualpipe.schedules import Action, Compute, Exchange, Instruction, Kind, Message, Schedule, lower
+from lightning_dualpipe.schedules import Action, Compute, Exchange, Instruction, Kind, Message, Schedule, Step, lower
 
 __all__ = ["Engine"]
+
+T = TypeVar("T")
 
 _Key = tuple[Kind, int, int]  # what is on its way: kind, the stage it goes to, microbatch
 
@@ -30,6 +36,7 @@ class Engine:
         rank: this rank's place in the pipeline.
         stages: the stages this rank serves, by index.
         dtype: what crosses a boundary whose ``TensorSpec`` names no dtype.
+        order: who goes on when a forward and a backward run at once.
     """
 
     def __init__(
@@ -41,6 +48,7 @@ class Engine:
         stages: Mapping[int, Stage],
         transport: Transport,
         dtype: torch.dtype,
+        order: LaunchOrder = ORDERS["eager"],
     ) -> None:
         self.model = model
         self.rank = rank
@@ -48,12 +56,14 @@ class Engine:
         self.dtype = dtype
         self.peak_held = 0
         """Most microbatches whose activations this rank held at once, in the last training step."""
+        self._order = order
         self._transport = transport
         self._schedule_of = lru_cache(maxsize=64)(schedule_of)
         self._programs = lru_cache(maxsize=64)(self._program)
         self._values: dict[_Key, Values] = {}
         self._messages: dict[_Key, Message] = {}
         self._specs: list[tuple[TensorSpec, ...]] = []
+        self._leaving: dict[_Key, Message] = {}
 
     def train(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """Forward and backward of every microbatch; gradients of the summed loss are added to ``.grad``.
@@ -62,31 +72,49 @@ class Engine:
         """
         self.peak_held = 0
         sums: dict[str, Tensor] = {}
+        self._run(batches, lambda step: self._train_step(step, batches, sums), training=True)
+        return sums
 
-        def execute(action: Action) -> None:
+    def _train_step(self, step: Step, batches: Sequence[Batch], sums: dict[str, Tensor]) -> None:
+        forward = backward = None
+        weights, forward_done, backward_done = _nothing, _nothing, _nothing
+        for action in step:
             stage, microbatch = self.stages[action.stage], action.microbatch
             match action.kind:
                 case Kind.FORWARD:
-                    out = stage.forward(microbatch, self._take_input(action), batches[microbatch])
-                    self.peak_held = max(self.peak_held, sum(stage.num_held for stage in self.stages.values()))
-                    self._pass_on(action, out, sums)
-                case Kind.BACKWARD:
-                    self._pass_back(action, stage.backward(microbatch, self._take_gradients(action)))
-                case Kind.BACKWARD_INPUT:
-                    self._pass_back(action, stage.backward_input(microbatch, self._take_gradients(action)))
+                    values = self._take_input(action)
+                    forward = _named(action, self.rank, stage.forward_steps(microbatch, values, batches[microbatch]))
+                    forward_done = partial(self._forward_done, action, sums)
+                case Kind.BACKWARD | Kind.BACKWARD_INPUT:
+                    gradients, postpone = self._take_gradients(action), action.kind is Kind.BACKWARD_INPUT
+                    steps = stage.backward_steps(microbatch, gradients, postpone=postpone)
+                    backward = _named(action, self.rank, steps)
+                    backward_done = partial(self._pass_back, action)
+                    weights = _nothing if postpone else partial(stage.backward_weight, microbatch)
                 case Kind.BACKWARD_WEIGHT:
                     stage.backward_weight(microbatch)
+        run_pair(
+            forward,
+            backward,
+            weights=weights,
+            forward_done=forward_done,
+            backward_done=backward_done,
+            order=self._order,
+        )
 
-        self._run(batches, execute, training=True)
-        return sums
+    def _forward_done(self, action: Action, sums: dict[str, Tensor], out: Values | dict[str, Tensor]) -> None:
+        self.peak_held = max(self.peak_held, sum(stage.num_held for stage in self.stages.values()))
+        self._pass_on(action, out, sums)
 
     def evaluate(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """Forwards only; returns sums as ``train`` does."""
         sums: dict[str, Tensor] = {}
 
-        def execute(action: Action) -> None:
-            batch = batches[action.microbatch]
-            self._pass_on(action, self.stages[action.stage].evaluate(self._take_input(action), batch), sums)
+        def execute(step: Step) -> None:
+            (action,) = step
+            with _told(action, self.rank):
+                values = self.stages[action.stage].evaluate(self._take_input(action), batches[action.microbatch])
+            self._pass_on(action, values, sums)
 
         self._run(batches, execute, training=False)
         return sums
@@ -95,9 +123,11 @@ class Engine:
         """The first output of the model, by microbatch, for those whose last stage is here."""
         outputs: dict[int, Tensor] = {}
 
-        def execute(action: Action) -> None:
+        def execute(step: Step) -> None:
+            (action,) = step
             stage = self.stages[action.stage]
-            values = stage.predict(self._take_input(action), batches[action.microbatch])
+            with _told(action, self.rank):
+                values = stage.predict(self._take_input(action), batches[action.microbatch])
             if stage.is_last:
                 outputs[action.microbatch] = values[0]
             else:
@@ -111,19 +141,18 @@ class Engine:
         schedule = self._schedule_of(num_microbatches)
         return schedule.rank_of(schedule.num_stages - 1, microbatch)
 
-    def _run(self, batches: Sequence[Batch], execute: Callable[[Action], None], *, training: bool) -> None:
+    def _run(self, batches: Sequence[Batch], execute: Callable[[Step], None], *, training: bool) -> None:
         self._specs = [self._declared(batch) for batch in batches]
-        for instruction in self._programs(len(batches), training):
+        instructions = self._programs(len(batches), training)
+        exchanges = [instruction for instruction in instructions if isinstance(instruction, Exchange)]
+        self._leaving = {_key(message): message for exchange in exchanges for message in exchange.sends}
+        for instruction in instructions:
             match instruction:
                 case Exchange(sends, receives):
-                    self._exchange(sends, receives)
+                    self._messages |= {_key(message): message for message in receives}
+                    self._transport.exchange(sends, [(message, self._message_specs(message)) for message in receives])
                 case Compute(step):
-                    for action in step:
-                        try:
-                            execute(action)
-                        except Exception as error:
-                            error.add_note(f"while pipeline rank {self.rank} ran {action} (stage, kind, microbatch)")
-                            raise
+                    execute(step)
         self._transport.finish()
         assert not self._values, f"computed but never used: {sorted(map(str, self._values))}"
 
@@ -134,13 +163,6 @@ class Engine:
 
     def _declared(self, batch: Batch) -> tuple[TensorSpec, ...]:
         return tuple(TensorSpec(spec.shape, spec.dtype or self.dtype) for spec in self.model.boundary(batch))
-
-    def _exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
-        self._messages |= {_key(message): message for message in receives}
-        self._transport.exchange(
-            [(message, self._values.pop(_key(message))) for message in sends],
-            [(message, self._message_specs(message)) for message in receives],
-        )
 
     def _message_specs(self, message: Message) -> Sequence[TensorSpec]:
         specs = self._specs[message.microbatch]
@@ -164,12 +186,18 @@ class Engine:
             for name, value in out.items():
                 sums[name] = sums[name] + value if name in sums else value
         else:
-            key = (Kind.FORWARD, action.stage + 1, action.microbatch)
-            self._values[key] = self._as_declared(out, self._specs[action.microbatch], action)
+            values = self._as_declared(out, self._specs[action.microbatch], action)
+            self._hand_over((Kind.FORWARD, action.stage + 1, action.microbatch), values)
 
     def _pass_back(self, action: Action, gradients: Values) -> None:
         if action.stage > 0:
-            self._values[Kind.BACKWARD, action.stage - 1, action.microbatch] = gradients
+            self._hand_over((Kind.BACKWARD, action.stage - 1, action.microbatch), gradients)
+
+    def _hand_over(self, key: _Key, values: Values) -> None:
+        if key in self._leaving:
+            self._transport.offer(self._leaving.pop(key), values)
+        else:
+            self._values[key] = values
 
     def _as_declared(self, values: Values, specs: Sequence[TensorSpec], action: Action) -> Values:
         """Outputs in the dtypes that were declared; a cast that would lose precision is refused."""
@@ -186,6 +214,25 @@ class Engine:
                 f"declare what crosses from one layer to the next, dtype included if it is not {self.dtype}"
             )
         return tuple(value.to(spec.dtype) for value, spec in zip(values, specs, strict=True))
+
+
+@contextmanager
+def _told(action: Action, rank: int) -> Generator[None, None, None]:
+    """Errors say what was being done."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"while pipeline rank {rank} ran {action} (stage, kind, microbatch)")
+        raise
+
+
+def _named(action: Action, rank: int, steps: Generator[None, None, T]) -> Generator[None, None, T]:
+    with _told(action, rank):
+        return (yield from steps)
+
+
+def _nothing(*_: object) -> None:
+    pass
 
 
 def _key(message: Message) -> _Key:

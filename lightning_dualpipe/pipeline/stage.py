@@ -3,27 +3,48 @@
     forward          keeps the graph, returns what the next stage receives (the last: its sums)
     backward         consumes the graph, returns the gradients for the previous stage
     backward_input   the same, but weight gradients that can wait are put aside
-    backward_weight  computes what the backward_input of that microbatch put aside
+    backward_weight  computes what was put aside for that microbatch
 
 ``backward = backward_input; backward_weight``. Layers that cannot postpone their weight gradient
 (norms, embeddings, foreign autograd functions) compute it in ``backward_input``; that is always right.
+
+A stage whose layers communicate is cut at every communication, and forward and backward are generators
+that stop after each step, so that something else can be computed while tokens travel:
+
+    forward      compute │ launch, beside │ land, compute │ launch, beside │ land, compute
+    backward     compute │ launch, beside │ land, compute │ …               the same way back
+
+*Beside* a flight run the phases behind it that need nothing of what travels. Weight gradients that can
+wait are left to whoever drives the generator, who runs them after a launch.
 """
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from lightning_dualpipe.interface import Batch, Layer, PipelineModel, Values, WeightGradients
+from lightning_dualpipe.interface import Batch, Flight, Layer, Phase, PipelineModel, Values, WeightGradients
+from lightning_dualpipe.pipeline.graph import Graph, detached, leaves
+from lightning_dualpipe.pipeline.streams import CommunicationStream, Mark
 
 __all__ = ["Stage"]
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
 class Stage:
-    """``layers`` of ``model`` on this rank; ``context`` wraps every forward (autocast, FP8)."""
+    """``layers`` of ``model`` on this rank.
+
+    Args:
+        context: wraps every forward (autocast, FP8).
+        overlap: cut where layers communicate; otherwise each waits for its own communication.
+        stream: where a GPU communicates.
+    """
 
     index: int
     num_stages: int
@@ -31,8 +52,10 @@ class Stage:
     layers: Sequence[Layer]
     weight_gradients: WeightGradients
     context: Callable[[], AbstractContextManager[object]] = nullcontext
-    _graphs: dict[int, tuple[Values, Values]] = field(default_factory=dict)
-    _postponed: dict[int, int] = field(default_factory=dict)
+    overlap: bool = True
+    stream: CommunicationStream = field(default_factory=lambda: CommunicationStream(torch.device("cpu")))
+    _held: dict[int, list["_Record"]] = field(default_factory=dict)
+    _postponed: defaultdict[int, list[Callable[[], None]]] = field(default_factory=lambda: defaultdict(list))
 
     @property
     def is_first(self) -> bool:
@@ -45,58 +68,121 @@ class Stage:
     @property
     def num_held(self) -> int:
         """Microbatches whose graph is alive."""
-        return len(self._graphs)
+        return len(self._held)
+
+    @property
+    def num_waiting(self) -> int:
+        """Weight gradients that were put aside."""
+        return sum(map(len, self._postponed.values()))
+
+    @property
+    def communicates(self) -> bool:
+        """Whether a microbatch takes more than one step."""
+        return self.overlap and any(phase.communicates for layer in self.layers for phase in layer.phases)
 
     def predict(self, values: Values, batch: Batch) -> Values:
         """Values of the stage's last layer; no graph is kept."""
         with self.context():
-            return self._run(self._inputs(values, batch), batch, with_loss=False)
+            return _run(self._phases(with_loss=False), self._inputs(values, batch), batch)
 
     def evaluate(self, values: Values, batch: Batch) -> Values | dict[str, Tensor]:
         """As ``forward``, for a microbatch that has no backward."""
         with self.context():
-            values = self._run(self._inputs(values, batch), batch, with_loss=True)
+            values = _run(self._phases(), self._inputs(values, batch), batch)
             return dict(self.model.loss(values, batch)) if self.is_last else values
 
     def forward(self, microbatch: int, values: Values, batch: Batch) -> Values | dict[str, Tensor]:
         """Detached values for the next stage; on the last stage the model's sums, detached."""
-        inputs = self._inputs(values, batch)
-        if not self.is_first:
-            inputs = tuple(_leaf(value) for value in inputs)
-        with self.context():
-            outputs = self._run(inputs, batch, with_loss=True)
-            sums = dict(self.model.loss(outputs, batch)) if self.is_last else None
-        if sums is not None:
-            self._graphs[microbatch] = (inputs, (sums["loss"],))
-            return {name: value.detach() for name, value in sums.items()}
-        self._graphs[microbatch] = (inputs, outputs)
-        return tuple(output.detach() for output in outputs)
+        return _finish(self.forward_steps(microbatch, values, batch))
 
     def backward(self, microbatch: int, gradients: Values | None) -> Values:
         """``gradients`` belong to the floating-point outputs; None on the last stage: its loss sum has gradient 1."""
-        inputs, outputs = self._graphs.pop(microbatch)
-        floating = [output for output in outputs if output.is_floating_point()]
-        if gradients is None:
-            gradients = tuple(torch.ones_like(output) for output in floating)
-        wanted = [(y, g.to(y.dtype)) for y, g in zip(floating, gradients, strict=True) if y.requires_grad]
-        if wanted:  # nothing to do where everything up to here is frozen
-            roots, seeds = zip(*wanted, strict=True)
-            with torch.autocast(roots[0].device.type, enabled=False):
-                torch.autograd.backward(roots, seeds)
-        return () if self.is_first else tuple(_gradient(x) for x in inputs if x.is_floating_point())
+        given = _finish(self.backward_steps(microbatch, gradients, postpone=False))
+        self.backward_weight(microbatch)
+        return given
 
     def backward_input(self, microbatch: int, gradients: Values | None) -> Values:
-        waiting = len(self.weight_gradients)
-        self.weight_gradients.deferring = True
-        try:
-            return self.backward(microbatch, gradients)
-        finally:
-            self.weight_gradients.deferring = False
-            self._postponed[microbatch] = len(self.weight_gradients) - waiting
+        return _finish(self.backward_steps(microbatch, gradients, postpone=True))
 
     @torch.no_grad()  # runs outside the autograd engine: a gradient must not carry a graph
     def backward_weight(self, microbatch: int) -> None:
-        self.weight_gradients.run(self._postponed.pop(microbatch))
+        """Also in the middle of a backward: what has been put aside so far."""
+        for compute in self._postponed.pop(microbatch, ()):
+            compute()
+
+    # ---- step by step -------------------------------------------------------------------------
+
+    def forward_steps(
+        self, microbatch: int, values: Values, batch: Batch
+    ) -> Generator[None, None, Values | dict[str, Tensor]]:
+        values = self._inputs(values, batch)
+        inputs = values if self.is_first else leaves(values)
+        records: list[_Record] = []
+        *pieces, last = _cut(self._phases()) if self.communicates else [_Piece(tuple(self._phases()))]
+        for piece in pieces:
+            graph, values = self._compute(piece.compute, inputs, batch)
+            mark = self.stream.mark()
+            yield
+            flying, beside = piece.communication, None
+            assert flying is not None and flying.launch is not None
+            with self.stream.after(mark):
+                flight = flying.launch(*flying.own(values))
+            values = flying.replaced(values, (None,) * len(flying.own(values)))
+            if piece.beside:
+                beside, values = self._compute(piece.beside, leaves(values), batch)
+            records.append(_Record(graph, flying, flight, beside))
+            yield
+            inputs = leaves(flying.replaced(values, flight.land()))
+        if not self.is_last:
+            graph, values = self._compute(last.compute, inputs, batch)
+            result: Values | dict[str, Tensor] = values
+        else:
+            with self.context():
+                sums = dict(self.model.loss(_run(last.compute, inputs, batch), batch))
+            graph = Graph.of(inputs, (sums["loss"],))
+            result = {name: value.detach() for name, value in sums.items()}
+        records.append(_Record(graph))
+        self._held[microbatch] = records
+        return result
+
+    def backward_steps(
+        self, microbatch: int, gradients: Values | None, *, postpone: bool
+    ) -> Generator[None, None, Values]:
+        """With ``postpone`` off, weight gradients are put aside only where that leaves time for a communication."""
+        records = self._held.pop(microbatch)
+        last = records[-1].graph
+        gradients = last.seeds() if gradients is None else last.aligned(gradients)
+        deferring = postpone or len(records) > 1
+        mark: Mark = None
+        while records:  # each is freed when it has been used
+            record = records.pop()
+            if record.flight is not None:
+                assert record.phase is not None
+                with self.stream.after(mark):
+                    flight = record.flight.back(record.phase.own(gradients))
+                gradients = record.phase.replaced(gradients, (None,) * len(record.phase.own(gradients)))
+                if record.beside is not None:
+                    gradients = self._differentiate(record.beside, gradients, microbatch, deferring)
+                yield
+                gradients = record.phase.replaced(gradients, flight.land())
+            gradients = self._differentiate(record.graph, gradients, microbatch, deferring)
+            mark = self.stream.mark()
+            if records:
+                yield
+        return () if self.is_first else tuple(gradient for gradient in gradients if gradient is not None)
+
+    def _compute(self, phases: Iterable[Phase], inputs: Values, batch: Batch) -> tuple[Graph, Values]:
+        with self.context():
+            outputs = _run(phases, inputs, batch)
+        return Graph.of(inputs, outputs), detached(outputs)
+
+    def _differentiate(self, graph: Graph, gradients: Values, microbatch: int, deferring: bool) -> Values:
+        self.weight_gradients.deferring = deferring
+        try:
+            return graph.backward(gradients)
+        finally:
+            self.weight_gradients.deferring = False
+            self._postponed[microbatch] += self.weight_gradients.take()
 
     def _inputs(self, values: Values, batch: Batch) -> Values:
         if not self.is_first:
@@ -104,18 +190,56 @@ class Stage:
         first = self.model.inputs(batch)
         return first if isinstance(first, tuple) else (first,)
 
-    def _run(self, values: Values, batch: Batch, *, with_loss: bool) -> Values:
-        for layer in self.layers:
-            if with_loss or not layer.for_loss:
-                values = layer(values, batch)
-        return values
+    def _phases(self, *, with_loss: bool = True) -> list[Phase]:
+        return [phase for layer in self.layers if with_loss or not layer.for_loss for phase in layer.phases]
 
 
-def _leaf(value: Tensor) -> Tensor:
-    leaf = value.detach()
-    return leaf.requires_grad_() if leaf.is_floating_point() else leaf
+def _finish(steps: Generator[None, None, T]) -> T:
+    """All steps at once."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
 
 
-def _gradient(leaf: Tensor) -> Tensor:
-    """Zeros where the stage did not use its input, so that every boundary always carries the same tensors."""
-    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+class _Piece(NamedTuple):
+    """Compute; then communicate, and beside that compute more."""
+
+    compute: tuple[Phase, ...]
+    communication: Phase | None = None
+    beside: tuple[Phase, ...] = ()
+
+
+class _Record(NamedTuple):
+    """What a piece leaves for its backward."""
+
+    graph: Graph
+    phase: Phase | None = None
+    flight: Flight | None = None
+    beside: Graph | None = None
+
+
+def _cut(phases: Sequence[Phase]) -> list[_Piece]:
+    """The last piece only computes."""
+    todo = list(phases)
+    pieces: list[_Piece] = []
+    while True:
+        compute = _take_while(todo, lambda phase: not phase.communicates)
+        if not todo:
+            return [*pieces, _Piece(compute)]
+        flying = todo.pop(0)
+        pieces.append(_Piece(compute, flying, _take_while(todo, flying.is_passed_by)))
+
+
+def _take_while(todo: list[Phase], wanted: Callable[[Phase], bool]) -> tuple[Phase, ...]:
+    count = next((index for index, phase in enumerate(todo) if not wanted(phase)), len(todo))
+    taken = tuple(todo[:count])
+    del todo[:count]
+    return taken
+
+
+def _run(phases: Iterable[Phase], values: Values, batch: Batch) -> Values:
+    for phase in phases:
+        values = phase(values, batch)
+    return values

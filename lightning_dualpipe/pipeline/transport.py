@@ -2,21 +2,26 @@
 
 Which messages travel, and when each end posts them, was decided when the schedule was lowered
 (``schedules.exchange``); here they only become sends and receives. NCCL matches operations of two
-ranks by order alone, so one exchange is one batch, built in the same order on both ends. gloo
-matches by tag, so there a receive may be posted before its exchange, and is: what is sent then need
-not wait until its receiver asks for it. A receive is waited for where its tensors are used, a send
-a few exchanges later, when it has long arrived: until then its tensors must live.
+ranks by order alone, so one exchange is one batch, built in the same order on both ends. It is put
+into the stream behind what makes its tensors and not behind what was computed since. gloo matches by
+tag, so there neither end need wait for the exchange: a receive is posted one exchange early, a send as
+soon as there is something to send, in the middle of a step if need be.
+
+A receive is waited for where its tensors are used, a send a few exchanges later, when it has long
+arrived: until then its tensors must live.
 """
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lightning_dualpipe.interface import TensorSpec
+from lightning_dualpipe.pipeline.streams import CommunicationStream, Mark
 from lightning_dualpipe.schedules import Exchange, Instruction, Message
 
 __all__ = ["Transport"]
@@ -28,6 +33,8 @@ class Transport:
 
     group: dist.ProcessGroup | None
     device: torch.device
+    stream: CommunicationStream = field(default_factory=lambda: CommunicationStream(torch.device("cpu")))
+    _offered: dict[Message, "_Offer"] = field(default_factory=dict)
     _arriving: dict[Message, tuple[list[dist.Work], tuple[Tensor, ...]]] = field(default_factory=dict)
     _leaving: deque[tuple[list[dist.Work], list[Tensor]]] = field(default_factory=deque)
 
@@ -35,27 +42,28 @@ class Transport:
         """A rank's program with its receives where this transport should post them."""
         return tuple(instructions) if self._in_batches else tuple(_receiving_early(instructions))
 
-    def exchange(
-        self,
-        sends: Iterable[tuple[Message, Sequence[Tensor]]],
-        receives: Iterable[tuple[Message, Sequence[TensorSpec]]],
-    ) -> None:
-        """Post all of one exchange, wait for none of it. Empty tensors do not travel: both ends know their shape."""
-        outgoing = [
-            (message, index, tensor.contiguous())
-            for message, tensors in sends
-            for index, tensor in enumerate(tensors)
-            if tensor.numel()
-        ]
+    def offer(self, message: Message, tensors: Sequence[Tensor]) -> None:
+        """What an exchange to come sends. Empty tensors do not travel: both ends know their shape."""
+        outgoing = [(index, tensor.contiguous()) for index, tensor in enumerate(tensors) if tensor.numel()]
+        works = [] if self._in_batches else self._post_sends(message, outgoing)
+        self._offered[message] = _Offer(outgoing, works, self.stream.mark())
+
+    def exchange(self, sends: Iterable[Message], receives: Iterable[tuple[Message, Sequence[TensorSpec]]]) -> None:
+        """Post all of one exchange, wait for none of it. What is sent has been offered before."""
+        offers = [(message, self._offered.pop(message)) for message in sends]
         incoming: list[tuple[Message, int, Tensor]] = []
-        for message, specs in receives:
-            tensors = tuple(torch.empty(spec.shape, dtype=spec.dtype, device=self.device) for spec in specs)
-            self._arriving[message] = ([], tensors)
-            incoming += [(message, index, tensor) for index, tensor in enumerate(tensors) if tensor.numel()]
+        with self.stream.after():  # where they are filled
+            for message, specs in receives:
+                tensors = tuple(torch.empty(spec.shape, dtype=spec.dtype, device=self.device) for spec in specs)
+                self._arriving[message] = ([], tensors)
+                incoming += [(message, index, tensor) for index, tensor in enumerate(tensors) if tensor.numel()]
         if self._in_batches:
-            self._post_batch(outgoing, incoming)
+            self._post_batch(offers, incoming)
         else:
-            self._post_tagged(outgoing, incoming)
+            self._post_receives(incoming)
+            works = [work for _, offer in offers for work in offer.works]
+            if works:
+                self._leaving.append((works, [tensor for _, offer in offers for _, tensor in offer.outgoing]))
         while len(self._leaving) > _EXCHANGES_IN_FLIGHT:
             self._see_off()
 
@@ -63,6 +71,9 @@ class Transport:
         """The tensors of a message, once they have arrived."""
         works, tensors = self._arriving.pop(message)
         _wait(works)
+        for tensor in tensors:
+            if tensor.is_cuda:  # its memory belongs to the other stream
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
         return tensors
 
     def finish(self) -> None:
@@ -80,26 +91,23 @@ class Transport:
         """Of a backend other than gloo nothing is taken for granted but the order."""
         return self.group is not None and dist.get_backend(self.group) != "gloo"
 
-    def _post_tagged(
-        self, outgoing: list[tuple[Message, int, Tensor]], incoming: list[tuple[Message, int, Tensor]]
-    ) -> None:
-        """Sends first: somebody may be waiting for them already."""
-        sent = [
+    def _post_sends(self, message: Message, outgoing: list[tuple[int, Tensor]]) -> list[dist.Work]:
+        works = (
             dist.isend(tensor, group=self.group, group_dst=message.target_rank, tag=_tag(message, index))
-            for message, index, tensor in outgoing
-        ]
-        if sent:
-            self._leaving.append(([work for work in sent if work is not None], [tensor for *_, tensor in outgoing]))
+            for index, tensor in outgoing
+        )
+        return [work for work in works if work is not None]
+
+    def _post_receives(self, incoming: list[tuple[Message, int, Tensor]]) -> None:
         for message, index, tensor in incoming:
             work = dist.irecv(tensor, group=self.group, group_src=message.source_rank, tag=_tag(message, index))
             assert work is not None
             self._arriving[message][0].append(work)
 
-    def _post_batch(
-        self, outgoing: list[tuple[Message, int, Tensor]], incoming: list[tuple[Message, int, Tensor]]
-    ) -> None:
+    def _post_batch(self, offers: list[tuple[Message, "_Offer"]], incoming: list[tuple[Message, int, Tensor]]) -> None:
         """One group call. Between two ranks the operations are in the order of (message, index) on both ends."""
-        order = sorted([(m, i, t, True) for m, i, t in outgoing] + [(m, i, t, False) for m, i, t in incoming], key=_key)
+        outgoing = [(message, index, tensor, True) for message, offer in offers for index, tensor in offer.outgoing]
+        order = sorted(outgoing + [(m, i, t, False) for m, i, t in incoming], key=_key)
         operations = [
             dist.P2POp(dist.isend, tensor, group=self.group, group_peer=message.target_rank)
             if leaves
@@ -108,10 +116,19 @@ class Transport:
         ]
         if not operations:
             return
-        works = list(dist.batch_isend_irecv(operations))  # one list for all: whoever waits first waits for all
+        with self.stream.after(*(offer.mark for _, offer in offers)):
+            works = list(dist.batch_isend_irecv(operations))  # one list for all: whoever waits first waits for all
         for message, _, _ in incoming:
             self._arriving[message] = (works, self._arriving[message][1])
-        self._leaving.append((works, [tensor for *_, tensor in outgoing]))
+        self._leaving.append((works, [tensor for _, _, tensor, leaves in order if leaves]))
+
+
+class _Offer(NamedTuple):
+    """Tensors by their index in the message, the sends that are posted already, and what makes them."""
+
+    outgoing: list[tuple[int, Tensor]]
+    works: list[dist.Work]
+    mark: Mark
 
 
 def _wait(works: list[dist.Work]) -> None:

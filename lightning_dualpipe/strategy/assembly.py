@@ -27,8 +27,10 @@ from lightning_dualpipe.parallel.layout import ParallelLayout
 from lightning_dualpipe.parallel.replicas import ReplicaGroups
 from lightning_dualpipe.pipeline.engine import Engine
 from lightning_dualpipe.pipeline.forward import PipelinedForward
+from lightning_dualpipe.pipeline.overlap import ORDERS, LaunchOrder
 from lightning_dualpipe.pipeline.partition import Whole, keep_only, materialize, partition
 from lightning_dualpipe.pipeline.stage import Stage
+from lightning_dualpipe.pipeline.streams import CommunicationStream
 from lightning_dualpipe.pipeline.transport import Transport
 from lightning_dualpipe.precision.linear import make_linears_deferrable
 from lightning_dualpipe.schedules import Schedule, build_schedule
@@ -124,6 +126,7 @@ class Assembly:
     """What this rank runs of ``owner``, the LightningModule.
 
     Args:
+        order: who goes on when a forward and a backward run at once; None: layers wait for their own communication.
         convert: the precision plugin's conversion of modules.
         context: what a forward of a stage runs in.
     """
@@ -137,6 +140,7 @@ class Assembly:
         rank: int,
         schedule: str,
         num_microbatches: int | Literal["auto"],
+        order: LaunchOrder | None,
         device: torch.device,
         context: Callable[[], AbstractContextManager[object]],
         convert: Callable[[nn.Module], nn.Module],
@@ -171,8 +175,9 @@ class Assembly:
             parameters=self.named_parameters,
             group=groups.world_host,
         )
-        self._stages = self._build_stages(context)
-        self._forward = self._pipelined(device, num_microbatches, schedule_of)
+        self._stream = CommunicationStream(device)
+        self._stages = self._build_stages(context, overlap=order is not None)
+        self._forward = self._pipelined(device, num_microbatches, schedule_of, order or ORDERS["eager"])
         self._undo: list[Callable[[], None]] = []
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
@@ -220,7 +225,9 @@ class Assembly:
             )
         source.initialize_weights()
 
-    def _build_stages(self, context: Callable[[], AbstractContextManager[object]]) -> dict[int, Stage]:
+    def _build_stages(
+        self, context: Callable[[], AbstractContextManager[object]], *, overlap: bool
+    ) -> dict[int, Stage]:
         layers, num_stages = self.part.layers, self._placement.num_stages
         return {
             index: Stage(
@@ -230,6 +237,8 @@ class Assembly:
                 [layers[position] for position in self.part.stages[index]],
                 WeightGradients(),
                 context,
+                overlap,
+                self._stream,
             )
             for index in self._placement.stages_on(self._pipeline_rank)
         }
@@ -239,6 +248,7 @@ class Assembly:
         device: torch.device,
         num_microbatches: int | Literal["auto"],
         schedule_of: Callable[[int], Schedule],
+        order: LaunchOrder,
     ) -> PipelinedForward:
         groups = self._groups
         engine = Engine(
@@ -246,8 +256,9 @@ class Assembly:
             schedule_of,
             rank=self._pipeline_rank,
             stages=self._stages,
-            transport=Transport(groups.pipeline, device),
+            transport=Transport(groups.pipeline, device, self._stream),
             dtype=self._dtype(),
+            order=order,
         )
         return PipelinedForward(
             engine,

@@ -44,6 +44,7 @@ from lightning_dualpipe.interface import InitializesWeights
 from lightning_dualpipe.parallel.grad_norm import clip_, gradient_norm
 from lightning_dualpipe.parallel.groups import Groups
 from lightning_dualpipe.parallel.layout import ParallelLayout
+from lightning_dualpipe.pipeline.overlap import launch_order
 from lightning_dualpipe.strategy.assembly import Assembly
 from lightning_dualpipe.strategy.checkpoints import PipelineCheckpoints
 from lightning_dualpipe.strategy.checks import check_arguments, check_model, check_run
@@ -69,7 +70,8 @@ class DualPipeStrategy(PipelineCheckpoints):
             ``1f1b`` or ``gpipe``.
         num_microbatches: pieces of a batch; ``"auto"`` takes the smallest divisor of the batch size that
             is at least twice the pipeline size. More pieces mean a smaller idle share.
-        overlap: reserved: in this version the forward and the backward of a pair always run one after the other.
+        overlap: compute one microbatch while the tokens of another travel to their experts. Off, every layer waits
+            for its own tokens; results are the same.
         process_group_backend: ``nccl`` on GPUs and ``gloo`` on CPUs by default.
         timeout: how long a collective may wait before the run is given up.
     """
@@ -244,6 +246,7 @@ class DualPipeStrategy(PipelineCheckpoints):
                 rank=self.global_rank,
                 schedule=self.schedule,
                 num_microbatches=self.num_microbatches,
+                order=launch_order(self.root_device) if self.overlap else None,
                 device=self.root_device,
                 context=lambda: self.precision_plugin.forward_context(),
                 convert=self.precision_plugin.convert_module,

@@ -1,9 +1,9 @@
-"""Every gradient of a pipelined DeepSeek-V3 is that of the uncut model, under every schedule.
+"""Every gradient of a pipelined DeepSeek-V3 is that of the uncut model, under every schedule and launch order.
 
 float64; 1e-10 of each parameter's largest gradient leaves room for another order of additions only.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
 import pytest
@@ -15,6 +15,7 @@ from lightning_dualpipe.deepseek_v3.model import Transformer
 from lightning_dualpipe.interface import Batch
 from lightning_dualpipe.parallel.groups import Groups
 from lightning_dualpipe.parallel.layout import ParallelLayout
+from lightning_dualpipe.pipeline.overlap import ORDERS
 from lightning_dualpipe.schedules import SCHEDULES
 from lightning_dualpipe.strategy.assembly import Assembly
 from tests.ranks import run_ranks
@@ -23,11 +24,15 @@ from tests.strategy.runs import SHAPE
 CONFIG = DeepSeekV3Config.from_preset("tiny", **{**SHAPE, "num_nextn_predict_layers": 2})  # type: ignore[typeddict-item]
 
 
-def build() -> nn.Module:
+AFTER_SOME_TRAINING = (0.1, -0.1, -0.03, 0.03)
+STARVING_RANK_1 = (9.0, 9.0, 0.0, 0.0)  # of two expert ranks
+
+
+def build(bias: Sequence[float] = AFTER_SOME_TRAINING) -> nn.Module:
     owner = nn.Module()
     owner.model = Transformer(CONFIG, seed=1).double()
-    for _, router in owner.model.routers():  # as after some training
-        router.e_score_correction_bias.copy_(torch.linspace(-0.1, 0.1, router.num_experts).roll(3))
+    for _, router in owner.model.routers():
+        router.e_score_correction_bias.copy_(torch.tensor(bias))
     return owner
 
 
@@ -38,17 +43,24 @@ def build_batch(samples: int) -> Batch:
     return {"input_ids": tokens[:, :-1], "labels": labels}
 
 
-def uncut(samples: int) -> tuple[float, dict[str, Tensor]]:
-    owner = build()
+def uncut(samples: int, bias: Sequence[float]) -> tuple[float, dict[str, Tensor], list[list[int]]]:
+    owner = build(bias)
     out = owner.model(build_batch(samples))
     out["loss"].backward()
-    return float(out["loss"]), {name: parameter.grad for name, parameter in owner.named_parameters()}
+    gradients = {name: parameter.grad for name, parameter in owner.named_parameters()}
+    return out["loss"].item(), gradients, [router.tokens_per_expert.tolist() for _, router in owner.model.routers()]
 
 
 def cut(
-    rank: int, schedule: str, layout: ParallelLayout, samples: int, num_microbatches: int
+    rank: int,
+    schedule: str,
+    layout: ParallelLayout,
+    samples: int,
+    num_microbatches: int,
+    order: str | None = "eager",
+    bias: Sequence[float] = AFTER_SOME_TRAINING,
 ) -> tuple[float, Mapping[str, tuple[range | None, Tensor]], int]:
-    owner = build()
+    owner = build(bias)
     assembly = Assembly(
         owner,
         layout,
@@ -56,6 +68,7 @@ def cut(
         rank=rank,
         schedule=schedule,
         num_microbatches=num_microbatches,
+        order=None if order is None else ORDERS[order],
         device=torch.device("cpu"),
         context=nullcontext,
         convert=lambda module: module,
@@ -67,7 +80,7 @@ def cut(
     out["loss"].backward()
     assembly.replicas.sum_gradients(assembly.named_parameters())
     gradients = {name: (assembly.rows.get(name), p.grad) for name, p in assembly.named_parameters().items()}
-    return float(out["loss"]), gradients, assembly.peak_held
+    return out["loss"].item(), gradients, assembly.peak_held
 
 
 CASES = [
@@ -84,11 +97,32 @@ CASES = [
 def test_gradients_are_those_of_the_uncut_model(
     schedule: str, pipeline: int, expert: int, num_microbatches: int
 ) -> None:
+    check(schedule, pipeline, expert, num_microbatches)
+
+
+@pytest.mark.parametrize("bias", [AFTER_SOME_TRAINING, STARVING_RANK_1], ids=["uneven", "starved"])
+@pytest.mark.parametrize("order", [*ORDERS, None])
+@pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev"])
+def test_in_whatever_order_a_pair_is_launched(schedule: str, order: str | None, bias: Sequence[float]) -> None:
+    """None: nothing overlaps."""
+    check(schedule, 2, 2, 6, order=order, bias=bias)
+
+
+def check(
+    schedule: str,
+    pipeline: int,
+    expert: int,
+    num_microbatches: int,
+    *,
+    order: str | None = "eager",
+    bias: Sequence[float] = AFTER_SOME_TRAINING,
+) -> None:
     layout = ParallelLayout(pipeline * expert, pipeline=pipeline, expert=expert)
     samples = num_microbatches * expert
-    loss, expected = uncut(samples)
+    loss, expected, counts = uncut(samples, bias)
+    assert (bias is STARVING_RANK_1) == (not any(sum(each[2:]) for each in counts))
 
-    results = run_ranks(layout.world, cut, schedule, layout, samples, num_microbatches)
+    results = run_ranks(layout.world, cut, schedule, layout, samples, num_microbatches, order, bias)
 
     seen = {name: torch.zeros(len(gradient), dtype=torch.bool) for name, gradient in expected.items()}
     for rank_loss, gradients, _ in results:

@@ -74,11 +74,9 @@ def run(transport, instructions):
     """Tensors that say of which message and at which place in it they are: shapes are those of the specs."""
     for instruction in transport.arrange(instructions):
         if isinstance(instruction, Exchange):
-            sends = [
-                (message, [torch.full(spec.shape, message.tag, dtype=spec.dtype) for spec in SPECS])
-                for message in instruction.sends
-            ]
-            transport.exchange(sends, [(message, SPECS) for message in instruction.receives])
+            for message in instruction.sends:
+                transport.offer(message, [torch.full(spec.shape, message.tag, dtype=spec.dtype) for spec in SPECS])
+            transport.exchange(instruction.sends, [(message, SPECS) for message in instruction.receives])
 
 
 LOWERED = [(name, ranks, num) for name in SCHEDULES for ranks, num in ((2, 1), (4, 5), (4, 12))]
@@ -183,4 +181,16 @@ def test_a_message_has_room_for_64_tensors(posted):
         m for i in lower(build_schedule("1f1b", 2, 1))[0].instructions if isinstance(i, Exchange) for m in i.sends
     ]
     with pytest.raises(AssertionError, match="64 tensors"):
-        Transport("gloo", CPU).exchange([(message, [torch.zeros(1)] * 65)], [])
+        Transport("gloo", CPU).offer(message, [torch.zeros(1)] * 65)
+
+
+@pytest.mark.parametrize(("backend", "early"), [("gloo", ["send", "send"]), ("nccl", [])])
+def test_with_tags_a_message_leaves_as_soon_as_it_is_offered(backend, early, posted):
+    (exchange,) = (
+        i for i in lower(build_schedule("1f1b", 2, 1))[0].instructions if isinstance(i, Exchange) and i.sends
+    )
+    transport = Transport(backend, CPU)
+    transport.offer(exchange.sends[0], [torch.zeros(spec.shape, dtype=spec.dtype) for spec in SPECS])
+    assert [operation.kind for operation in posted] == early
+    transport.exchange(exchange.sends, [])
+    assert len([operation for batch in posted for operation in (batch if backend == "nccl" else [batch])]) == 2
