@@ -27,8 +27,9 @@ class Costs:
     """Durations in any unit.
 
     ``overlapped`` is a forward and a backward of one stage run together; a pair of two stages takes
-    the mean of theirs, and None means that overlapping gains nothing. ``send`` is the time from the
-    end of a step until another rank has its result.
+    the mean of theirs, and None means that overlapping gains nothing. ``backward`` is a whole backward
+    on its own; None means the sum of its two parts, it may be less where one hides the other's
+    communication. ``send`` is the time from the end of a step until another rank has its result.
     """
 
     forward: Cost = 1.0
@@ -36,6 +37,7 @@ class Costs:
     backward_weight: Cost = 1.0
     overlapped: Cost | None = None
     send: float = 0.0
+    backward: Cost | None = None
 
     def of(self, step: Step) -> float:
         """How long a step takes."""
@@ -47,6 +49,8 @@ class Costs:
         match action.kind:
             case Kind.FORWARD:
                 return _at(self.forward, action.stage)
+            case Kind.BACKWARD if self.backward is not None:
+                return _at(self.backward, action.stage)
             case Kind.BACKWARD:
                 return _at(self.backward_input, action.stage) + _at(self.backward_weight, action.stage)
             case Kind.BACKWARD_INPUT:
@@ -57,7 +61,7 @@ class Costs:
     def check(self, num_stages: int) -> None:
         """Raise ConfigurationError where a cost is negative or does not have one number per stage."""
         problems = []
-        for name in ("forward", "backward_input", "backward_weight", "overlapped", "send"):
+        for name in ("forward", "backward_input", "backward_weight", "overlapped", "send", "backward"):
             cost = getattr(self, name)
             values = cost if isinstance(cost, tuple) else () if cost is None else (cost,)
             if isinstance(cost, tuple) and len(cost) != num_stages:
