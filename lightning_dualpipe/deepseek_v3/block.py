@@ -22,8 +22,9 @@ from lightning_dualpipe.deepseek_v3.config import DeepSeekV3Config
 from lightning_dualpipe.deepseek_v3.mlp import MLP
 from lightning_dualpipe.deepseek_v3.moe import MoE
 from lightning_dualpipe.deepseek_v3.norm import RMSNorm
+from lightning_dualpipe.deepseek_v3.padding import MASK
 from lightning_dualpipe.deepseek_v3.rope import Rotary
-from lightning_dualpipe.interface import Phase, Values
+from lightning_dualpipe.interface import Batch, Phase, Values
 from lightning_dualpipe.parallel.dispatch import Routing
 
 __all__ = ["Block", "DenseBlock", "MoEBlock"]
@@ -76,15 +77,15 @@ class MoEBlock(Block):
 
     def phases(self) -> tuple[Phase, ...]:
         return (
-            Phase("attend", self._attend),
+            Phase("attend", self._attend, takes_batch=True),
             Phase("dispatch", self._dispatch, communicates=True),
             Phase("experts", self._experts),
             Phase("combine", self._combine, communicates=True),
         )
 
-    def _attend(self, h_BTD: Tensor, balance_B: Tensor) -> Values:
+    def _attend(self, h_BTD: Tensor, balance_B: Tensor, batch: Batch) -> Values:
         h_BTD, x_BTD = self._attended(h_BTD)
-        weights_NK, experts_NK, own_B = self.mlp.gate(x_BTD)
+        weights_NK, experts_NK, own_B = self.mlp.gate(x_BTD, batch.get(MASK))
         return h_BTD, x_BTD, weights_NK, experts_NK, balance_B + own_B
 
     def _dispatch(

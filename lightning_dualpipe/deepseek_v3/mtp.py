@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lightning_dualpipe.deepseek_v3.block import MoEBlock
 from lightning_dualpipe.deepseek_v3.config import DeepSeekV3Config
 from lightning_dualpipe.deepseek_v3.norm import RMSNorm
+from lightning_dualpipe.deepseek_v3.padding import ahead
 from lightning_dualpipe.deepseek_v3.rope import Rotary
 from lightning_dualpipe.interface import Batch, Phase, Values
 
@@ -63,9 +64,9 @@ class MTP(nn.Module):
 
 
 def _carrying(count: int, phase: Phase) -> Phase:
-    """``phase``, handing its first ``count`` values on untouched."""
+    """``phase`` of depth ``count``, handing the hidden states of the shallower ones on untouched."""
 
-    def run(*values: object) -> Values:
-        return *values[:count], *phase(values[count:], {})
+    def run(*values: object, batch: Batch) -> Values:
+        return *values[:count], *phase(values[count:], ahead(batch, count))
 
-    return Phase(phase.name, run, communicates=phase.communicates)
+    return Phase(phase.name, run, communicates=phase.communicates, takes_batch=True)
