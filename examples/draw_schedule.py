@@ -15,7 +15,8 @@ from lightning_dualpipe.schedules import SCHEDULES, Costs, build_schedule, draw_
 # overlap take as long as the backward alone, the communication of each hidden behind the other's computation.
 COSTS = Costs(forward=1, backward_input=1, backward_weight=1, overlapped=2)
 
-name, num_ranks, num_microbatches, *path = sys.argv[1:] if len(sys.argv) > 1 else ("dualpipe", "4", "8")
+DEFAULTS = ["dualpipe", "4", "8"]
+name, num_ranks, num_microbatches, *path = sys.argv[1:] + DEFAULTS[len(sys.argv) - 1 :]
 schedule = build_schedule(name, int(num_ranks), int(num_microbatches))
 print(draw_picture(schedule, COSTS, path[0]) if path else draw_text(schedule, COSTS))
 

@@ -12,9 +12,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+QUICKSTART = ROOT / "docs" / "quickstart.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -38,6 +40,40 @@ def test_the_two_commands_name_what_is_there():
         assert set(asked.split(",")) <= extras.keys()
     (config,) = re.findall(r"--config (\S+)", train)
     assert (ROOT / config).is_file()
+
+
+def test_the_quickstart_of_ci_must_leave_what_it_prints_and_learn():
+    """``.ci/run`` trains for a minute, and lets this script judge."""
+    printed = {
+        "checkpoint": "last.ckpt",
+        "metrics log": "metrics.csv",
+        "loss picture": "a.png",
+        "schedule picture": "b",
+    }
+    Path("log").write_text("\n".join(f"{what:16}   {path}" for what, path in printed.items()))
+
+    def verdict(*losses):
+        Path("metrics.csv").write_text("\n".join(["step,train_loss,val_loss", *losses, ""]))
+        script = [sys.executable, str(ROOT / ".ci" / "check_quickstart.py"), "log"]
+        return subprocess.run(script, capture_output=True, text=True).stderr
+
+    learnt = ("9,5.5,", "9,,5.6", "19,3.1,")
+    assert "not there: checkpoint, loss picture, schedule picture" in verdict(*learnt)
+    for path in printed.values():
+        Path(path).touch()
+    assert verdict(*learnt) == ""
+    assert "should fall by 0.5 at least, it went [5.5] to [5.4]" in verdict("9,5.5,", "19,5.4,")
+    assert "should fall" in verdict("9,5.5,")
+
+
+def test_the_quickstart_in_one_process_reads_the_same_batches():
+    (command,) = re.findall(
+        r"^lightning-dualpipe .*--trainer.strategy auto.*$", QUICKSTART.read_text(), flags=re.MULTILINE
+    )
+    config = yaml.safe_load((ROOT / "examples" / "quickstart.yaml").read_text())
+    strategy = config["trainer"]["strategy"]["init_args"]
+    data_ranks = config["trainer"]["devices"] // strategy["pipeline_parallel_size"]
+    assert f"--data.batch_size {data_ranks * config['data']['init_args']['batch_size']}" in command
 
 
 @pytest.mark.slow

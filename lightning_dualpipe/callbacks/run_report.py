@@ -107,10 +107,10 @@ def _metrics_logs(trainer: Trainer) -> Iterator[tuple[str, str]]:
 
 
 def _training_schedule(trainer: Trainer) -> Schedule | None:
-    """The schedule of a training step, where the strategy is a pipeline of several ranks and says so."""
+    """That of the last training step, where there was one and the strategy is a pipeline of several ranks."""
     strategy: Any = trainer.strategy
-    microbatches, layout = getattr(strategy, "num_microbatches", None), getattr(strategy, "layout", None)
-    if not isinstance(microbatches, int) or layout is None or layout.pipeline < 2:
+    microbatches, layout = getattr(strategy, "num_microbatches_used", None), getattr(strategy, "layout", None)
+    if microbatches is None or layout is None or layout.pipeline < 2:
         return None
     return build_schedule(strategy.schedule, layout.pipeline, microbatches)
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.schedules import SCHEDULES, Costs, build_schedule
 from lightning_dualpipe.schedules.draw import draw_picture, draw_text
 
@@ -15,10 +16,12 @@ __all__ = ["draw"]
 def draw(args: Sequence[str]) -> None:
     """
     Raises:
-        ConfigurationError: there is no such schedule, or costs fit none.
+        ConfigurationError: there is no such schedule, costs fit none, or no text fits the width.
         MissingPackageError: a picture is wanted, and matplotlib is not there.
     """
     asked = _parser().parse_args(args)
+    if asked.width is not None and asked.width < 1:
+        raise ConfigurationError(f"--width {asked.width}: at least 1 column; without it, the terminal's width is taken")
     schedule = build_schedule(asked.schedule, asked.ranks, asked.microbatches)
     costs = Costs(asked.forward, asked.backward_input, asked.backward_weight, asked.overlapped, asked.send)
     if asked.output is not None:

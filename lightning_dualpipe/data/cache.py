@@ -4,10 +4,15 @@
                       documents.bin    for each document: where it ends, and its 64-bit identity
                       manifest.json    what it was made from, by which tokenizer, counts, a digest of the ids
 
-The key is a digest of tokenizer and files (name, size, time of change), so a change of either makes a
-new cache. A cache is written in a folder of its own, flushed, and renamed into place: it is there
-whole or not at all, whenever a writer is killed. Processes that start together wait for the one that
-holds the lock; where a file system has no locks, each writes, the first rename wins, and all are right.
+The key is a digest of tokenizer and files, so a change of either makes a new cache. Of a file it takes
+name, size, first and last 64 KiB, and both its times: archives and image layers give all their files one
+time of modification, and a copy keeps it, so that it tells two corpora apart as little as their sizes do;
+the time of the inode moves with every write and cannot be set back, but a mounted archive has none. Where
+the corpus lies is no part of the key.
+
+A cache is written in a folder of its own, flushed, and renamed into place: it is there whole or not at
+all, whenever a writer is killed. Processes that start together wait for the one that holds the lock;
+where a file system has no locks, each writes, the first rename wins, and all are right.
 """
 
 import json
@@ -35,6 +40,7 @@ __all__ = ["TokenCache", "tokenised"]
 
 VERSION = 1
 DOCUMENT = np.dtype([("end", "<i8"), ("id", "<u8")])
+END = 64 << 10  # bytes at either end of a file that its key is made of
 BATCH = 8 << 20  # characters given to the tokenizer at once, which may use a thread for each piece
 REPORT_SECONDS = 10
 
@@ -124,9 +130,18 @@ def tokenised(
 
 
 def _key(sources: Sequence[Source], tokenizer: Tokenizer, text_key: str) -> str:
-    files = [(source.name, source.size, source.modified_ns) for source in sources]
+    files = [(source.name, source.size, source.modified_ns, source.changed_ns, _ends(source)) for source in sources]
     key = text_key if any(source.holds_lines for source in sources) else None
     return sha256(json.dumps([VERSION, tokenizer.fingerprint, key, files]).encode()).hexdigest()[:32]
+
+
+def _ends(source: Source) -> str:
+    """A digest of the first and the last bytes of a file."""
+    with source.path.open("rb") as file:
+        digest = blake2b(file.read(END), digest_size=16)
+        file.seek(max(END, source.size - END))
+        digest.update(file.read(END))
+    return digest.hexdigest()
 
 
 def _places(cache_dir: str | os.PathLike[str] | None) -> list[Path]:

@@ -47,6 +47,7 @@ class Source:
     name: str
     size: int
     modified_ns: int
+    changed_ns: int  # content, name or rights; unlike the other, nobody can set it
 
     @property
     def holds_lines(self) -> bool:
@@ -147,7 +148,7 @@ def _standard_library() -> list[Source]:
 
 def _source(path: Path, name: str) -> Source:
     stat = path.stat()
-    return Source(path, name, stat.st_size, stat.st_mtime_ns)
+    return Source(path, name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
 def _why_nothing(entry: str) -> str:

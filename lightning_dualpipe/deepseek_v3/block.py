@@ -27,8 +27,9 @@ from lightning_dualpipe.deepseek_v3.config import DeepSeekV3Config
 from lightning_dualpipe.deepseek_v3.mlp import MLP
 from lightning_dualpipe.deepseek_v3.moe import MoE
 from lightning_dualpipe.deepseek_v3.norm import RMSNorm
+from lightning_dualpipe.deepseek_v3.padding import MASK
 from lightning_dualpipe.deepseek_v3.rope import Rotary
-from lightning_dualpipe.interface import Flight, Phase, Values
+from lightning_dualpipe.interface import Batch, Flight, Phase, Values
 from lightning_dualpipe.parallel.dispatch import Routing
 
 __all__ = ["Block", "DenseBlock", "MoEBlock"]
@@ -81,7 +82,7 @@ class MoEBlock(Block):
 
     def phases(self) -> tuple[Phase, ...]:
         return (
-            Phase("attend", self._attend),
+            Phase("attend", self._attend, takes_batch=True),
             Phase("dispatch", self._sent, launch=self._send, takes=3, has_peers=self._crosses_ranks),
             Phase("shared_experts", self._shared_experts, skips=3, takes=2),
             Phase("experts", self._experts, takes=3),
@@ -89,9 +90,9 @@ class MoEBlock(Block):
             Phase("add", self._add),
         )
 
-    def _attend(self, h_BTD: Tensor, balance_B: Tensor) -> Values:
+    def _attend(self, h_BTD: Tensor, balance_B: Tensor, batch: Batch) -> Values:
         h_BTD, x_BTD = self._attended(h_BTD)
-        weights_NK, experts_NK, own_B = self.mlp.gate(x_BTD)
+        weights_NK, experts_NK, own_B = self.mlp.gate(x_BTD, batch.get(MASK))
         packed = self.mlp.dispatcher.pack(x_BTD.flatten(0, 1), weights_NK, experts_NK)
         return *packed, h_BTD, x_BTD, balance_B + own_B
 

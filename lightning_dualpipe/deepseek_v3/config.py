@@ -2,14 +2,14 @@
 
 Fields that Hugging Face's ``config.json`` has bear the same names and mean the same; the last three
 are the training constants of the technical report (arXiv:2412.19437), section 4.2. A configuration
-is a value: ``from_preset`` makes one, ``dataclasses.replace`` varies it, and what cannot be built is
+is a value: ``from_preset`` makes one, ``with_overrides`` varies it, and what cannot be built is
 refused at once with every reason. Reading and writing ``config.json`` is ``hf_config``'s.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any, Literal, TypedDict, Unpack, get_args
 
@@ -102,12 +102,11 @@ class DeepSeekV3Config:
         """
         if name not in _PRESETS:
             raise ConfigurationError(f"preset={name!r} is not one of {', '.join(_PRESETS)}{_nearest(name, _PRESETS)}")
-        _refuse_unknown(overrides, cls, what="override")
-        values = {**_PRESETS[name], **overrides}
-        if isinstance(scaling := values.get("rope_scaling"), Mapping):
-            _refuse_unknown(scaling, YarnConfig, what="rope_scaling field")
-            values["rope_scaling"] = YarnConfig(**scaling)
-        return cls(**values)
+        return cls(**_checked({**_PRESETS[name], **overrides}))
+
+    def with_overrides(self, **overrides: Unpack[ConfigOverrides]) -> DeepSeekV3Config:
+        """The same with any fields replaced, as ``from_preset`` replaces a preset's."""
+        return replace(self, **_checked(overrides))
 
     @property
     def qk_head_dim(self) -> int:
@@ -214,6 +213,15 @@ _PRESETS: Mapping[str, Mapping[str, Any]] = {
     "671b": {"rope_scaling": {"factor": 40.0, "mscale": 1.0, "mscale_all_dim": 1.0}},
 }
 assert tuple(_PRESETS) == get_args(Preset), "Preset lists the presets"
+
+
+def _checked(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    _refuse_unknown(overrides, DeepSeekV3Config, what="override")
+    values = dict(overrides)
+    if isinstance(scaling := values.get("rope_scaling"), Mapping):
+        _refuse_unknown(scaling, YarnConfig, what="rope_scaling field")
+        values["rope_scaling"] = YarnConfig(**scaling)
+    return values
 
 
 def _refuse_unknown(given: Mapping[str, object], dataclass: type, *, what: str) -> None:

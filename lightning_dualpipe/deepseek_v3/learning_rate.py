@@ -51,7 +51,8 @@ def learning_rate_factor(
         raise ConfigurationError(f"learning_rate_schedule={schedule!r} is not one of constant, cosine, report")
     if schedule == "cosine" and (total_steps is None or total_steps <= 0):
         raise ConfigurationError(
-            "learning_rate_schedule='cosine' needs to know where it ends; set max_steps or max_epochs in the Trainer"
+            "learning_rate_schedule='cosine' needs to know at which step it ends, which max_time does not tell; "
+            "set max_steps or max_epochs in the Trainer, or take learning_rate_schedule='constant'"
         )
     report = _Report()
 

@@ -22,10 +22,11 @@ from lightning_dualpipe.deepseek_v3.block import Block, DenseBlock, MoEBlock
 from lightning_dualpipe.deepseek_v3.config import DeepSeekV3Config
 from lightning_dualpipe.deepseek_v3.count import forward_flops
 from lightning_dualpipe.deepseek_v3.init import initialize
-from lightning_dualpipe.deepseek_v3.loss import loss_sums
+from lightning_dualpipe.deepseek_v3.loss import IGNORED, loss_sums
 from lightning_dualpipe.deepseek_v3.moe import MoE
 from lightning_dualpipe.deepseek_v3.mtp import MTP
 from lightning_dualpipe.deepseek_v3.norm import RMSNorm
+from lightning_dualpipe.deepseek_v3.padding import MASK, check_padding
 from lightning_dualpipe.deepseek_v3.rope import Rotary
 from lightning_dualpipe.deepseek_v3.router import Router
 from lightning_dualpipe.interface import Batch, Layer, Phase, TensorSpec, Values, run_uncut
@@ -60,7 +61,10 @@ class Transformer(nn.Module):
         self._tie()
 
     def forward(self, batch: Batch) -> dict[str, Tensor] | Tensor:
-        """``{"input_ids": [B, T]}`` -> logits [B, T, V]; with ``"labels"`` [B, T] -> means over tokens, with "loss"."""
+        """``{"input_ids": [B, T]}`` -> logits [B, T, V]; with ``"labels"`` [B, T] -> means over tokens, with "loss".
+
+        Shorter sequences may be filled up on the right, ``"attention_mask"`` [B, T] then says where (``padding``).
+        """
         return run_uncut(self, batch)
 
     def layers(self) -> Sequence[Layer]:
@@ -81,6 +85,7 @@ class Transformer(nn.Module):
         return layers
 
     def inputs(self, batch: Batch) -> Tensor:
+        check_padding(batch)
         return batch["input_ids"]
 
     def boundary(self, batch: Batch) -> Sequence[TensorSpec]:
@@ -90,7 +95,10 @@ class Transformer(nn.Module):
 
     def loss(self, values: Values, batch: Batch) -> Mapping[str, Tensor]:
         logits, *mtp_logits, balance_B = values
-        return loss_sums(logits, mtp_logits, balance_B, batch["labels"], mtp_weight=self.mtp_loss_weight)
+        labels_BT = batch["labels"]
+        if MASK in batch:
+            labels_BT = labels_BT.where(batch[MASK] != 0, IGNORED)
+        return loss_sums(logits, mtp_logits, balance_B, labels_BT, mtp_weight=self.mtp_loss_weight)
 
     def routers(self) -> Iterator[tuple[str, Router]]:
         """Name and router of every mixture of experts held here, those of multi-token prediction included."""

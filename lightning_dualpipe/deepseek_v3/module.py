@@ -18,6 +18,7 @@ from typing import Any, Literal, Self, cast
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -26,11 +27,14 @@ from typing_extensions import override
 
 from lightning_dualpipe.deepseek_v3.config import ConfigOverrides, DeepSeekV3Config, Preset
 from lightning_dualpipe.deepseek_v3.convert import load_pretrained, read_pretrained_config, read_token_ids
-from lightning_dualpipe.deepseek_v3.count import count_parameters
+from lightning_dualpipe.deepseek_v3.count import count_parameters, training_flops
+from lightning_dualpipe.deepseek_v3.data_contract import TokenIds, check_data, check_token_ids, token_ids_of
 from lightning_dualpipe.deepseek_v3.hf_names import Part, parts_of
 from lightning_dualpipe.deepseek_v3.hf_writer import save_weights
 from lightning_dualpipe.deepseek_v3.learning_rate import LearningRateSchedule, learning_rate_factor
 from lightning_dualpipe.deepseek_v3.model import Transformer
+from lightning_dualpipe.deepseek_v3.padding import MASK
+from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.interface import Batch, ReplicaAware
 
 __all__ = ["DeepSeekV3"]
@@ -40,7 +44,7 @@ class DeepSeekV3(LightningModule):
     """A trainable DeepSeek-V3.
 
     Args:
-        preset: ``tiny``, ``small``, ``16b`` or ``671b``: the configuration to start from.
+        preset: ``tiny``, ``small``, ``16b`` or ``671b``: the configuration to start from. Default: ``tiny``.
         overrides: fields of ``DeepSeekV3Config`` that differ from the preset.
         config: a whole configuration instead of preset and overrides.
         learning_rate: the highest one.
@@ -54,13 +58,15 @@ class DeepSeekV3(LightningModule):
             ``{0: 0.3, 10000000000000: 0.1}``. Default: the configuration's, throughout.
         seed: of the initial weights, which depend on it and on parameter names only. Default: the seed of
             ``seed_everything``, or 0.
+        token_ids: ``bos_token_id``, ``eos_token_id`` and ``pad_token_id`` for ``save_pretrained``. What the data that
+            ``fit`` is given say of these takes their place.
     """
 
     model: Transformer
 
     def __init__(
         self,
-        preset: Preset | None = "tiny",
+        preset: Preset | None = None,
         overrides: ConfigOverrides | None = None,
         *,
         config: DeepSeekV3Config | None = None,
@@ -73,8 +79,15 @@ class DeepSeekV3(LightningModule):
         balance_tokens: float = math.inf,
         mtp_loss_weights: dict[int, float] | None = None,
         seed: int | None = None,
+        token_ids: TokenIds | None = None,
     ) -> None:
         super().__init__()
+        if config is not None and (preset is not None or overrides is not None):
+            raise ConfigurationError(
+                f"preset={preset!r} and overrides={overrides!r} have no effect beside config, a whole configuration: "
+                "vary that by config.with_overrides(…), or leave it out"
+            )
+        check_token_ids(token_ids or {})
         self.config = config or DeepSeekV3Config.from_preset(preset or "tiny", **(overrides or {}))
         # plain values, so that checkpoints load without running code; the configuration is kept whole
         self.save_hyperparameters(
@@ -90,6 +103,7 @@ class DeepSeekV3(LightningModule):
                 "balance_tokens": balance_tokens,
                 "mtp_loss_weights": mtp_loss_weights,
                 "seed": seed,
+                "token_ids": token_ids,
             }
         )
         self._tokens_before = 0.0
@@ -119,16 +133,25 @@ class DeepSeekV3(LightningModule):
             self.model.initialize_weights(self._seed())
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, *, materialize: bool = True, **settings: Any) -> Self:
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        *,
+        overrides: ConfigOverrides | None = None,
+        materialize: bool = True,
+        **settings: Any,
+    ) -> Self:
         """A module with the weights of a Hugging Face directory.
 
         Args:
             directory: with ``config.json`` and safetensors files.
+            overrides: fields of the configuration that are to differ from ``config.json``.
             materialize: False leaves the weights in their files until a Trainer has cut the model, so that
                 every rank reads only its part: for models larger than the memory of one process.
             settings: arguments of the constructor other than the configuration.
         """
-        module = cls(config=read_pretrained_config(directory), **settings)
+        config = read_pretrained_config(directory).with_overrides(**(overrides or {}))
+        module = cls(config=config, **{"token_ids": read_token_ids(directory), **settings})
         module._pretrained = Path(directory)
         if materialize:
             module.configure_model()
@@ -141,32 +164,41 @@ class DeepSeekV3(LightningModule):
         dtype: Literal["float32", "bfloat16"] = "bfloat16",
         max_shard_size: int | str = "5GB",
         overwrite: bool = False,
+        token_ids: TokenIds | None = None,
     ) -> None:
         """Write a Hugging Face directory that transformers and serving engines read.
 
-        Under a strategy that spread the model over ranks, all of them call this; rank 0 writes.
+        With several ranks all of them call this. Rank 0 writes, and all return when the directory is complete, or
+        raise what kept rank 0 from writing. ``token_ids`` are by default those of the data the model was trained on;
+        where these say nothing, those it was imported with.
         """
         self.configure_model()
-        ids = read_token_ids(self._pretrained) if self._pretrained is not None else None
+        token_ids = self.hparams["token_ids"] if token_ids is None else token_ids
+        check_token_ids(token_ids or {})
         strategy = self._trainer.strategy if self._trainer is not None else None
-        parts = parts_of(self.model)
+        parts = iter(parts_of(self.model))
         if isinstance(strategy, ReplicaAware):
             parts = (
                 Part(name.removeprefix("model."), tensor, rows.start if rows is not None else 0)
                 for name, rows, tensor in strategy.whole_tensors()
             )
-            if not self.trainer.is_global_zero:
-                deque(parts, maxlen=0)  # send what this rank holds
-                return
-        save_weights(
-            parts,
-            self.config,
-            directory,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            token_ids=ids,
-        )
+        problem: Exception | None = None
+        if strategy is None or strategy.is_global_zero:
+            try:
+                save_weights(
+                    parts,
+                    self.config,
+                    directory,
+                    dtype=dtype,
+                    max_shard_size=max_shard_size,
+                    overwrite=overwrite,
+                    token_ids=token_ids,
+                )
+            except Exception as error:
+                problem = error
+        deque(parts, maxlen=0)  # send what this rank holds, or let the others send it
+        if (problem := problem if strategy is None else strategy.broadcast(problem)) is not None:
+            raise problem
 
     def num_parameters(self, mtp: bool = False) -> int:
         """Of the whole model, whether or not it has been built; by default without multi-token prediction."""
@@ -177,13 +209,27 @@ class DeepSeekV3(LightningModule):
         """Used by one token, embedding and head included."""
         return count_parameters(self.config).activated.total
 
+    def training_flops(self, sequence_length: int) -> float:
+        """Of forward and backward per token: what ``callbacks.Throughput`` takes MFU from."""
+        return training_flops(self.config, sequence_length)
+
+    # ---- data ---------------------------------------------------------------------------------
+
+    @override
+    def setup(self, stage: str) -> None:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        check_data(self.config, data)
+        if stage == TrainerFn.FITTING and (found := token_ids_of(data)):
+            self.hparams["token_ids"] = {**(self.hparams["token_ids"] or {}), **found}
+
     # ---- steps --------------------------------------------------------------------------------
 
     @override
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """``input_ids [B, T] -> logits [B, T, V]``."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """``input_ids [B, T] -> logits [B, T, V]``; a mask (see ``padding``) is looked at, and changes nothing."""
         self.configure_model()
-        return cast(Tensor, self.model({"input_ids": input_ids}))
+        mask = {} if attention_mask is None else {MASK: attention_mask}
+        return cast(Tensor, self.model({"input_ids": input_ids, **mask}))
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -205,7 +251,7 @@ class DeepSeekV3(LightningModule):
     @override
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Logits."""
-        return self(batch["input_ids"])
+        return self(batch["input_ids"], batch.get(MASK))
 
     def _log_evaluation(self, stage: str, batch: Batch) -> None:
         """``val_loss`` is the next-token loss in nats per token; means over an epoch are over its tokens."""
@@ -303,6 +349,11 @@ class DeepSeekV3(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._tokens_before, self._tokens_since = checkpoint.get("tokens_seen", 0.0), 0.0
 
+    @override
+    def cpu(self) -> Self:
+        """Lightning calls it in the end, also where an error came before there were parameters to move."""
+        return self if self._is_meta() else super().cpu()
+
     def _is_meta(self) -> bool:
         return any(parameter.is_meta for parameter in self.parameters())
 
@@ -321,8 +372,9 @@ class DeepSeekV3(LightningModule):
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return every > 0 and (self.trainer.global_step + 1) % every == 0
 
-    def _total_steps(self) -> int:
+    def _total_steps(self) -> int | None:
         # estimated_stepping_batches builds the data loaders, and with them forgets where a resumed run stood
         if self.trainer.max_steps > 0:
             return self.trainer.max_steps
-        return int(self.trainer.estimated_stepping_batches)
+        steps = self.trainer.estimated_stepping_batches
+        return int(steps) if steps < math.inf else None

@@ -13,12 +13,15 @@ Shapes: B sequences, T positions, D hidden.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from lightning_dualpipe.deepseek_v3.block import MoEBlock
 from lightning_dualpipe.deepseek_v3.config import DeepSeekV3Config
 from lightning_dualpipe.deepseek_v3.norm import RMSNorm
+from lightning_dualpipe.deepseek_v3.padding import ahead
 from lightning_dualpipe.deepseek_v3.rope import Rotary
 from lightning_dualpipe.interface import Batch, Phase, Values
 
@@ -55,8 +58,18 @@ class MTP(nn.Module):
             return self.norm(h_BTD), balance_B
 
         inner = (*self.block.phases(), Phase("norm", norm))
-        return Phase("join", join, takes_batch=True), *(phase.after(self.depth) for phase in inner)
+        return Phase("join", join, takes_batch=True), *(_ahead(phase, self.depth) for phase in inner)
 
     def _joined(self, h_BTD: Tensor, embedding_BTD: Tensor) -> Tensor:
         joined: Tensor = self.eh_proj(torch.cat((self.enorm(embedding_BTD), self.hnorm(h_BTD)), dim=-1))
         return joined
+
+
+def _ahead(phase: Phase, depth: int) -> Phase:
+    """``phase`` of depth ``depth``, which the hidden states of the shallower ones pass by."""
+
+    def run(*values: object, batch: Batch) -> Values:
+        out: Values = phase.run(*values, batch=ahead(batch, depth))
+        return out
+
+    return replace(phase.after(depth), run=run if phase.takes_batch else phase.run)

@@ -53,17 +53,23 @@ class Router(nn.Module):
         # no buffer: DDP would overwrite it with another rank's between the batches of an accumulated step
         self.tokens_per_expert = torch.zeros(config.n_routed_experts, dtype=torch.int64, device="cpu")
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``(weights_NK, experts_NK, balance_B)``; the balance loss as ``balance_loss`` scales it."""
+    def forward(self, x_BTD: Tensor, real_BT: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """``(weights_NK, experts_NK, balance_B)``; the balance loss as ``balance_loss`` scales it.
+
+        Padding, where ``real_BT`` is 0, is routed as any token is, but neither counted nor balanced.
+        """
+        if real_BT is None:
+            real_BT = x_BTD.new_ones(x_BTD.shape[:2], dtype=torch.int64)
         scores_BTE = self._scores(x_BTD)
         scores_NE = scores_BTE.flatten(0, 1)
         experts_NK = self._choose(scores_NE.detach())
-        self._count(experts_NK)
+        self._count(experts_NK, real_BT)
 
         weights_NK = scores_NE.gather(-1, experts_NK)
         if self.normalizes:
             weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
-        return weights_NK * self.scaling, experts_NK, balance_loss(scores_BTE, top_k=self.top_k, alpha=self.alpha)
+        balance_B = balance_loss(scores_BTE, real_BT, top_k=self.top_k, alpha=self.alpha)
+        return weights_NK * self.scaling, experts_NK, balance_B
 
     @torch.no_grad()
     def update_bias(self, counts_E: Tensor, gamma: float) -> None:
@@ -91,11 +97,12 @@ class Router(nn.Module):
         others_NG.scatter_(-1, strength_NG.topk(self.top_groups).indices, False)
         return biased_NGE.masked_fill(others_NG.unsqueeze(-1), float("-inf")).flatten(-2)
 
-    def _count(self, experts_NK: Tensor) -> None:
+    def _count(self, experts_NK: Tensor, real_BT: Tensor) -> None:
         if self.training and torch.is_grad_enabled():
             choices = experts_NK.flatten()
             self.tokens_per_expert = self.tokens_per_expert.to(choices.device)  # parameters may be moved one by one
-            self.tokens_per_expert.scatter_add_(0, choices, torch.ones_like(choices))
+            counted_NK = real_BT.to(choices).reshape(-1, 1).expand_as(experts_NK)
+            self.tokens_per_expert.scatter_add_(0, choices, counted_NK.flatten())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Casts do not reach the bias; moves do."""
@@ -112,21 +119,22 @@ class Router(nn.Module):
         return f"{self.top_k} of {self.num_experts}, {self.top_groups} of {self.num_groups} groups"
 
 
-def balance_loss(scores_BTE: Tensor, *, top_k: int, alpha: float) -> Tensor:
-    """``T * alpha * sum_i f_i P_i`` per sequence (eq. 17-20) [B].
+def balance_loss(scores_BTE: Tensor, real_BT: Tensor, *, top_k: int, alpha: float) -> Tensor:
+    """``T * alpha * sum_i f_i P_i`` per sequence (eq. 17-20) [B], where T are its tokens, those with ``real_BT`` 1.
 
     f_i is how often expert i is among the K best of a token by plain affinity, neither biased nor limited
     to groups, relative to an even load; P_i its mean share of the affinities. The factor T turns a sum over
     sequences, divided by the number of tokens, into the mean over sequences.
     """
-    num_sequences, num_positions, num_experts = scores_BTE.shape
+    num_sequences, _, num_experts = scores_BTE.shape
     if alpha == 0:
         return scores_BTE.new_zeros(num_sequences)
-    best_BJ = scores_BTE.detach().topk(top_k).indices.flatten(1)
+    real_BT = real_BT.to(scores_BTE.dtype)
+    best_BTK = scores_BTE.detach().topk(top_k).indices
     counts_BE = scores_BTE.new_zeros(num_sequences, num_experts).scatter_add_(
-        1, best_BJ, torch.ones_like(best_BJ, dtype=scores_BTE.dtype)
+        1, best_BTK.flatten(1), real_BT.unsqueeze(-1).expand_as(best_BTK).flatten(1)
     )
-    frequency_BE = counts_BE * (num_experts / (top_k * max(num_positions, 1)))
+    frequency_BE = counts_BE * num_experts / (top_k * real_BT.sum(-1, keepdim=True).clamp(min=1))
     with without_autocast(scores_BTE):
-        share_B1E = torch.bmm((scores_BTE.sum(-1) + 1e-20).reciprocal().unsqueeze(1), scores_BTE)  # T * P_i
+        share_B1E = torch.bmm((real_BT / (scores_BTE.sum(-1) + 1e-20)).unsqueeze(1), scores_BTE)  # T * P_i
     return alpha * (frequency_BE * share_B1E.squeeze(1)).sum(-1)

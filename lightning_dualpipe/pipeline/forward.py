@@ -46,6 +46,8 @@ class PipelinedForward:
     pipeline: dist.ProcessGroup | None = None
     data: dist.ProcessGroup | None = None
     world: dist.ProcessGroup | None = None
+    num_microbatches_used: int | None = None
+    """Pieces of the last training batch."""
     _largest: int = 0
     _names: dict[bool, tuple[str, ...]] = field(default_factory=dict)
 
@@ -61,6 +63,7 @@ class PipelinedForward:
 
     def _train(self, batch: Batch) -> dict[str, Tensor]:
         pieces = split(batch, self._count(batch, training=True))
+        self.num_microbatches_used = len(pieces)
         before = [parameter.grad for parameter in self.parameters]
         for parameter in self.parameters:
             parameter.grad = None

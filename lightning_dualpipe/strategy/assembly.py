@@ -190,6 +190,11 @@ class Assembly:
         """Most microbatches whose activations this rank held at once, in the last training step."""
         return self._forward.engine.peak_held
 
+    @property
+    def num_microbatches_used(self) -> int | None:
+        """Pieces of the last training batch; None before the first."""
+        return self._forward.num_microbatches_used
+
     def attach(self) -> None:
         """From now on, calling the model runs the pipeline."""
         self.detach()

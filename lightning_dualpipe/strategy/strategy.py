@@ -317,6 +317,11 @@ class DualPipeStrategy(PipelineCheckpoints):
         finally:
             self._sync_blocked = False
 
+    @property
+    def num_microbatches_used(self) -> int | None:
+        """Pieces of the last training batch; None before the first."""
+        return None if self.assembly is None else self.assembly.num_microbatches_used
+
     def gradient_norm(self, norm_type: float = 2.0) -> Tensor:
         """Norm of the gradients of the whole model, each parameter counted once; the same on every rank."""
         assert self.assembly is not None

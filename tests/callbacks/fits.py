@@ -23,10 +23,7 @@ LAYOUTS: Mapping[str, tuple[int, Mapping[str, Any] | None]] = {  # name -> proce
     "auto": (1, None),
     "ddp": (2, None),
     "dualpipe pp4": (4, {"pipeline_parallel_size": 4, "num_microbatches": 4}),
-    "1f1b pp2 ep2": (
-        4,
-        {"pipeline_parallel_size": 2, "expert_parallel_size": 2, "schedule": "1f1b", "num_microbatches": 2},
-    ),
+    "1f1b pp2 ep2": (4, {"pipeline_parallel_size": 2, "expert_parallel_size": 2, "schedule": "1f1b"}),
 }
 EVERY = 2  # steps between reports
 GLOBAL_BATCH = Run().global_batch

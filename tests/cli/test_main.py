@@ -62,6 +62,8 @@ REFUSED = {
     "--forward 1,2": "forward has 2 numbers, the schedule 4 stages",
     "--send -1": "send=-1.0: a duration is finite and at least 0",
     "--output x.bmp": "end its name in .png, .svg or .pdf",
+    "--width 0": "--width 0: at least 1 column",
+    "--width -3": "--width -3: at least 1 column",
     "--ranks two": "argument --ranks: invalid int value: 'two'",
     "--forward one": "argument --forward: invalid cost value: 'one'",
     "--rank-count 2": "unrecognized arguments: --rank-count 2",

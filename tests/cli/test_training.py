@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -190,21 +191,42 @@ def test_what_cannot_run_on_any_rank_is_explained_once_and_last(config: str, tmp
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("restarts", ["0", "1"])
-def test_a_requeued_job_goes_on_where_it_stopped(restarts: str, tmp_path: Path) -> None:
-    srun = tmp_path / "srun"
-    srun.write_text('#!/bin/sh\necho "$@"\n')
+def submitted(folder: Path, capsys: pytest.CaptureFixture[str], *, job: str) -> dict[str, Any]:
+    """What ``lightning-dualpipe`` understands of the arguments that examples/train.sbatch starts it with."""
+    srun = folder / "srun"
+    srun.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
     srun.chmod(0o755)
-    job = {"SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "8", "SLURM_RESTART_COUNT": restarts}
-    environment = {**os.environ, **job, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    variables = {"SLURM_JOB_ID": job, "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "8"}
+    environment = {**os.environ, **variables, "PATH": f"{folder}:{os.environ['PATH']}"}
+    script = ["bash", str(EXAMPLES / "train.sbatch"), "--config", str(EXAMPLES / "train_671b.yaml")]
+    done = subprocess.run(script, capture_output=True, text=True, check=True, env=environment)
+    options, program, *args = done.stdout.splitlines()
+    assert (options, program) == ("--kill-on-bad-exit", "lightning-dualpipe")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main([*args, "--print_config"])
+    parsed: dict[str, Any] = yaml.safe_load(capsys.readouterr().out)
+    return parsed
 
-    def submit() -> str:
-        script = ["bash", str(EXAMPLES / "train.sbatch"), "--config", "config.yaml"]
-        return subprocess.run(script, capture_output=True, text=True, check=True, env=environment).stdout
 
-    plain = "--kill-on-bad-exit lightning-dualpipe fit --trainer.num_nodes 2 --trainer.devices 8 --config config.yaml"
-    assert submit().split() == plain.split()
-    checkpoint = Path("runs/small/version_0/checkpoints/last.ckpt")
-    checkpoint.parent.mkdir(parents=True)
-    checkpoint.touch()
-    assert submit().split() == plain.split() + (["--ckpt_path", str(checkpoint)] if restarts == "1" else [])
+def test_a_slurm_job_has_its_own_size_and_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever the configuration says: that of 671b is for 256 nodes, and writes into runs/671b."""
+    parsed = submitted(tmp_path, capsys, job="77")
+    trainer, logger = parsed["trainer"], parsed["trainer"]["logger"]
+    assert (trainer["num_nodes"], trainer["devices"]) == (2, "8")
+    assert (logger["init_args"]["save_dir"], logger["init_args"]["name"]) == ("runs/77", "671b")
+    assert parsed["trainer"]["default_root_dir"] == "runs/77"
+    assert parsed["ckpt_path"] is None
+
+
+def test_a_requeued_slurm_job_goes_on_from_its_own_last_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    versions = [f"runs/{job}/671b/version_{version}" for job, version in (("77", 0), ("77", 1), ("78", 0))]
+    for age, version in enumerate(versions):
+        checkpoint = Path(version, "checkpoints/last.ckpt")
+        checkpoint.parent.mkdir(parents=True)
+        checkpoint.touch()
+        os.utime(checkpoint, (age, age))
+    assert submitted(tmp_path, capsys, job="77")["ckpt_path"] == "runs/77/671b/version_1/checkpoints/last.ckpt"
+    assert submitted(tmp_path, capsys, job="79")["ckpt_path"] is None

@@ -1,9 +1,11 @@
 import logging
 import multiprocessing
 import os
+import shutil
 import time
 import tracemalloc
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,51 @@ def test_a_change_of_the_files_makes_another(folder: Path, tmp_path: Path) -> No
     assert len({cache.folder for cache in (first, changed, grown)}) == 3
     assert len({cache.digest for cache in (first, changed, grown)}) == 3
     assert TokenCache.open(first.folder) == first  # a run that still reads it is not disturbed
+
+
+def rewritten(file: Path, text: str) -> None:
+    """Other bytes in the same file, of the same size, with the time of modification put back."""
+    before = file.stat()
+    assert len(text) == before.st_size
+    file.write_text(text)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_two_corpora_with_equal_names_sizes_and_times_have_a_cache_each(folder: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(folder, tmp_path / "other"))  # with its times
+    rewritten(other / "a.txt", "fIrst")
+    first, second = make(folder, tmp_path), make(other, tmp_path)
+    assert first.digest != second.digest
+    assert second.tokens()[:7].tolist() == [BYTE_BOS, *b"fIrst", BYTE_EOS]
+
+
+def test_the_ends_of_a_file_tell_corpora_apart_where_all_times_are_those_of_an_archive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "END", 8)
+    file = tmp_path / "a.txt"
+
+    def keys() -> str:
+        (source,) = find_sources(file)
+        return cache_module._key([replace(source, modified_ns=0, changed_ns=0)], ByteTokenizer(), "text")
+
+    found = set()
+    for text in ("0123456789abcdefghij", "x123456789abcdefghij", "0123456789abcdefghix"):
+        file.write_text(text)
+        found.add(keys())
+    assert len(found) == 3
+
+
+def test_an_edit_in_the_middle_that_keeps_size_and_time_makes_another(tmp_path: Path) -> None:
+    """Found by the time of the inode, whose clock ticks every few milliseconds."""
+    file = tmp_path / "a.txt"
+    text = "a line\n" * 50_000
+    file.write_text(text)
+    before = make(file, tmp_path)
+    while time.time_ns() < file.stat().st_ctime_ns + 50_000_000:
+        time.sleep(0.01)
+    rewritten(file, text[:175_000] + "A" + text[175_001:])
+    assert make(file, tmp_path).digest != before.digest
 
 
 def test_equal_tokens_have_equal_digests_wherever_they_come_from(folder: Path, tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_affinities_are_float32_in_half_types_and_under_autocast():
 def test_an_even_load_has_balance_loss_alpha_per_token():
     """f_i = 1 and P_i = 1 / E for every expert: the loss is alpha, times T."""
     scores = 0.5 + 1e-9 * torch.eye(6, dtype=torch.float64).roll(1, 0)[None]
-    loss = balance_loss(scores, top_k=1, alpha=0.25)
+    loss = balance_loss(scores, torch.ones(1, 6), top_k=1, alpha=0.25)
     torch.testing.assert_close(loss, torch.tensor([6 * 0.25], dtype=torch.float64))
 
 
@@ -172,4 +172,4 @@ def test_no_tokens_and_no_alpha_are_zero_with_gradients_of_zeros():
 
     assert weights.shape == experts.shape == (0, 3) and balance.tolist() == [0, 0]
     assert torch.equal(router.weight.grad, torch.zeros(12, 24))
-    assert balance_loss(torch.rand(2, 3, 4), top_k=2, alpha=0).tolist() == [0, 0]
+    assert balance_loss(torch.rand(2, 3, 4), torch.ones(2, 3), top_k=2, alpha=0).tolist() == [0, 0]

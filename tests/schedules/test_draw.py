@@ -110,7 +110,7 @@ def test_the_example_runs_without_torch(tmp_path):
         )
         return done.stdout
 
-    assert "rank 0 0F0 0F1 0F2 3F4 3I4 3W4 3F5 0F3+3B5" in run()
+    assert "rank 0 0F0 0F1 0F2 3F4 3I4 3W4 3F5 0F3+3B5" in run() == run("dualpipe") == run("dualpipe", "4")
     shown = run("dualpipev", "3", "6", str(tmp_path / "schedule.png"))
     assert str(tmp_path / "schedule.png") in shown
     assert (tmp_path / "schedule.png").exists()

@@ -52,6 +52,7 @@ class Run:
     clip: float | None = 1.0
     model: str = "deepseek_v3"
     corpus: str = ""
+    padded: bool = False
     global_batch: int = 8
     trainer: Mapping[str, Any] = field(default_factory=dict)
     overrides: Mapping[str, Any] = field(default_factory=dict)
@@ -142,9 +143,18 @@ def build_module(run: Run) -> L.LightningModule:
 
 
 def build_data(run: Run) -> TextDataModule:
-    return TextDataModule(
+    return (Padded if run.padded else TextDataModule)(
         run.corpus, sequence_length=16, batch_size=run.batch_size, cache_dir=Path(run.corpus).parent / "cache"
     )
+
+
+class Padded(TextDataModule):
+    """Ends each sequence somewhere, the same place for the same sequence."""
+
+    def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
+        lengths_B1 = 4 + batch["input_ids"].sum(-1, keepdim=True) % (self.sequence_length - 3)
+        mask_BT = torch.arange(self.sequence_length) < lengths_B1
+        return {**batch, "labels": batch["labels"].where(mask_BT, -100), "attention_mask": mask_BT.long()}
 
 
 def write_corpus(folder: Path) -> str:

@@ -31,6 +31,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # name -> number of processe
 VARIANTS: dict[str, dict[str, Any]] = {  # name -> what is different from the plain Run
     "accumulation over 2 batches": {"accumulate": 2, "steps": 15},
     "a user's own model": {"model": "gpt"},
+    "padded sequences": {"padded": True},
     "tied embeddings": {"overrides": {"tie_word_embeddings": True}},
     "two depths of multi-token prediction": {"overrides": {"num_nextn_predict_layers": 2}, "steps": 10},
     "without multi-token prediction": {"overrides": {"num_nextn_predict_layers": 0}, "steps": 10},
@@ -80,6 +81,14 @@ def test_losses_norms_and_routing_are_those_of_one_process(layout: str, corpus: 
 def test_variants_of_the_run_are_those_of_one_process(layout: str, variant: str, corpus: str) -> None:
     world, strategy = LAYOUTS[layout]
     check_equal(Run(strategy=strategy, world=world, corpus=corpus, **VARIANTS[variant]), tolerance=1e-9)
+
+
+def test_batches_that_are_accumulated_move_the_biases_as_one_large_batch_does(corpus: str) -> None:
+    at_once = in_one_process(Run(corpus=corpus, global_batch=8))
+    in_two = in_one_process(Run(corpus=corpus, global_batch=4, accumulate=2))
+    assert in_two.biases == at_once.biases
+    assert in_two.counts == at_once.counts
+    assert any(bias for biases in at_once.biases.values() for bias in biases)
 
 
 @pytest.mark.parametrize("num_microbatches", [3, 5])
