@@ -45,7 +45,7 @@ def test_megatron_in_fp8_on_1024_h100():
     """TP2 PP8 VP4 EP64, batch 8192, expert traffic overlapped with 1F1B's other half (moe_a2a_overlap=True).
 
     There is no tensor parallelism here: 16 GPUs a model are 16 pipeline ranks, which hold as many parameters each. Its
-    interleaved pairs overlap as DualPipe's do, so DualPipe is compared, though Megatron's dispatch is in BF16.
+    interleaved pairs overlap as DualPipe's do, so DualPipe is compared.
     """
     ours = only("h100", gpus=1024, batch_sequences=8192)
     assert ours.tokens_per_second_per_gpu == pytest.approx(1297, rel=0.20)
