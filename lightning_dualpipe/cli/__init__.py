@@ -2,9 +2,10 @@
 
     fit validate test predict     the Trainer's methods, as a LightningCLI           cli.training
     draw                          a schedule over time, as text or as a picture      cli.drawing
+    plan                          what layouts of a model cost on a cluster          cli.planning
 
-This file only finds out what was asked for: ``--help`` and ``draw`` need neither torch nor lightning,
-whose import takes seconds. It is also where a run ends that cannot work: a ConfigurationError was
+This file only finds out what was asked for: ``--help``, ``draw`` and ``plan`` need neither torch nor
+lightning, whose import takes seconds. It is also where a run ends that cannot work: a ConfigurationError was
 written for the person at the keyboard, who has no use for a traceback of this library.
 """
 
@@ -23,7 +24,11 @@ _TRAINER_COMMANDS = {
     "test": "one pass over the test data",
     "predict": "run the model on data without labels",
 }
-_COMMANDS = {**_TRAINER_COMMANDS, "draw": "show a pipeline schedule as text, or write it as .png, .svg or .pdf"}
+_COMMANDS = {
+    **_TRAINER_COMMANDS,
+    "draw": "show a pipeline schedule as text, or write it as .png, .svg or .pdf",
+    "plan": "price the layouts of a model on a cluster: time, memory, what does not fit",
+}
 
 _HELP = """\
 usage: lightning-dualpipe [--help] [--version] COMMAND [OPTION ...]
@@ -38,6 +43,7 @@ examples:
   lightning-dualpipe fit --config examples/quickstart.yaml --trainer.max_steps 100 --model.preset small
   lightning-dualpipe validate --config examples/quickstart.yaml --ckpt_path last.ckpt
   lightning-dualpipe draw --schedule dualpipe --ranks 4 --microbatches 8 --output schedule.svg
+  lightning-dualpipe plan --preset 671b --gpus 2048 --gpu h800
 
 'lightning-dualpipe COMMAND --help' lists the options of a command.
 """
@@ -56,6 +62,10 @@ def main(args: Sequence[str] | None = None) -> int:
             from lightning_dualpipe.cli.drawing import draw
 
             draw(given[1:])
+        elif first == "plan":
+            from lightning_dualpipe.cli.planning import plan
+
+            plan(given[1:])
         elif first in _TRAINER_COMMANDS or first.startswith("-"):
             from lightning_dualpipe.cli.training import train
 

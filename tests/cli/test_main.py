@@ -16,7 +16,7 @@ from tests.marks import needs
 def test_help_lists_the_commands(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(args) == 0
     said = capsys.readouterr().out
-    assert all(f"\n  {command} " in said for command in ("fit", "validate", "test", "predict", "draw"))
+    assert all(f"\n  {command} " in said for command in ("fit", "validate", "test", "predict", "draw", "plan"))
 
 
 def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,7 +24,9 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == f"lightning-dualpipe {lightning_dualpipe.__version__}\n"
 
 
-@pytest.mark.parametrize("args", [["--help"], ["--version"], ["draw"], ["draw", "--ranks", "3"], ["fitt"]])
+@pytest.mark.parametrize(
+    "args", [["--help"], ["--version"], ["draw"], ["draw", "--ranks", "3"], ["plan", "--gpus", "0"], ["fitt"]]
+)
 def test_what_needs_no_torch_does_not_wait_for_it(args: list[str]) -> None:
     script = f"import sys; from lightning_dualpipe.cli import main; main({args}); print(sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
