@@ -3,7 +3,8 @@
     dense   h ─► attend ─► feed_forward ─► h
     MoE     h ─► attend ─► dispatch ══► experts ─► combine ══► h          ══ may cross ranks
 
-``attend`` holds attention, both norms and the router; ``experts`` the routed and the shared ones.
+``attend`` holds attention, its norm, the router and what the router sees, normed; ``experts`` the routed
+and the shared ones.
 A pipeline runs a phase of one microbatch while another one's communicates (technical report,
 figure 4); ``forward`` is their composition. The sequence-wise balance loss rides along with the
 hidden state, each layer adding its own.
@@ -22,6 +23,7 @@ from lightning_dualpipe.deepseek_v3.config import DeepSeekV3Config
 from lightning_dualpipe.deepseek_v3.mlp import MLP
 from lightning_dualpipe.deepseek_v3.moe import MoE
 from lightning_dualpipe.deepseek_v3.norm import RMSNorm
+from lightning_dualpipe.deepseek_v3.recompute import Recompute, compute_phase, rebuildable, rebuilt
 from lightning_dualpipe.deepseek_v3.rope import Rotary
 from lightning_dualpipe.interface import Phase, Values
 from lightning_dualpipe.parallel.dispatch import Routing
@@ -32,8 +34,9 @@ __all__ = ["Block", "DenseBlock", "MoEBlock"]
 class Block(nn.Module, ABC):
     """``(h_BTD, balance_B) -> (h_BTD, balance_B)``."""
 
-    def __init__(self, config: DeepSeekV3Config, rotary: Rotary) -> None:
+    def __init__(self, config: DeepSeekV3Config, rotary: Rotary, *, recompute: Recompute = "none") -> None:
         super().__init__()
+        self.recompute: Recompute = recompute
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, rotary)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -48,42 +51,45 @@ class Block(nn.Module, ABC):
             values = phase(values, {})
         return values
 
-    def _attended(self, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """The hidden state after attention, and that normed for what follows."""
-        h_BTD = h_BTD + self.self_attn(self.input_layernorm(h_BTD))
-        return h_BTD, self.post_attention_layernorm(h_BTD)
+    def _attended(self, h_BTD: Tensor) -> Tensor:
+        """The hidden state after attention."""
+        return h_BTD + self.self_attn(rebuilt(self.input_layernorm, h_BTD))
 
 
 class DenseBlock(Block):
-    def __init__(self, config: DeepSeekV3Config, rotary: Rotary) -> None:
-        super().__init__(config, rotary)
+    def __init__(self, config: DeepSeekV3Config, rotary: Rotary, *, recompute: Recompute = "none") -> None:
+        super().__init__(config, rotary, recompute=recompute)
         self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
     def phases(self) -> tuple[Phase, ...]:
-        return Phase("attend", self._attend), Phase("feed_forward", self._feed_forward)
+        return (
+            compute_phase("attend", self._attend, self.recompute),
+            compute_phase("feed_forward", self._feed_forward, self.recompute),
+        )
 
     def _attend(self, h_BTD: Tensor, balance_B: Tensor) -> Values:
-        return *self._attended(h_BTD), balance_B
+        return self._attended(h_BTD), balance_B
 
-    def _feed_forward(self, h_BTD: Tensor, x_BTD: Tensor, balance_B: Tensor) -> Values:
-        return h_BTD + self.mlp(x_BTD), balance_B
+    def _feed_forward(self, h_BTD: Tensor, balance_B: Tensor) -> Values:
+        return h_BTD + self.mlp(rebuilt(self.post_attention_layernorm, h_BTD)), balance_B
 
 
 class MoEBlock(Block):
-    def __init__(self, config: DeepSeekV3Config, rotary: Rotary) -> None:
-        super().__init__(config, rotary)
+    def __init__(self, config: DeepSeekV3Config, rotary: Rotary, *, recompute: Recompute = "none") -> None:
+        super().__init__(config, rotary, recompute=recompute)
         self.mlp = MoE(config)
 
     def phases(self) -> tuple[Phase, ...]:
         return (
-            Phase("attend", self._attend),
+            compute_phase("attend", self._attend, self.recompute),
             Phase("dispatch", self._dispatch, communicates=True),
-            Phase("experts", self._experts),
+            compute_phase("experts", self._experts, self.recompute),
             Phase("combine", self._combine, communicates=True),
         )
 
     def _attend(self, h_BTD: Tensor, balance_B: Tensor) -> Values:
-        h_BTD, x_BTD = self._attended(h_BTD)
+        h_BTD = self._attended(h_BTD)
+        x_BTD = rebuilt(self.post_attention_layernorm, h_BTD)
         weights_NK, experts_NK, own_B = self.mlp.gate(x_BTD)
         return h_BTD, x_BTD, weights_NK, experts_NK, balance_B + own_B
 
@@ -97,6 +103,7 @@ class MoEBlock(Block):
         self, h_BTD: Tensor, x_BTD: Tensor, x_RD: Tensor, weights_R: Tensor, routing: Routing, balance_B: Tensor
     ) -> Values:
         y_RD = self.mlp.experts(x_RD, weights_R, routing.counts_E)
+        x_BTD = rebuildable(x_BTD, self.post_attention_layernorm, h_BTD)  # made in another phase
         return h_BTD + self.mlp.shared_experts(x_BTD), y_RD, routing, balance_B
 
     def _combine(self, h_BTD: Tensor, y_RD: Tensor, routing: Routing, balance_B: Tensor) -> Values:

@@ -13,14 +13,18 @@ Shapes: B sequences, T positions, D hidden.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from lightning_dualpipe.deepseek_v3.block import MoEBlock
 from lightning_dualpipe.deepseek_v3.config import DeepSeekV3Config
 from lightning_dualpipe.deepseek_v3.norm import RMSNorm
+from lightning_dualpipe.deepseek_v3.recompute import Recompute, compute_phase, rebuilt
 from lightning_dualpipe.deepseek_v3.rope import Rotary
 from lightning_dualpipe.interface import Batch, Phase, Values
+from lightning_dualpipe.precision.weight_gradients import autocast_to
 
 __all__ = ["MTP"]
 
@@ -28,13 +32,13 @@ __all__ = ["MTP"]
 class MTP(nn.Module):
     """One depth. As a layer of a pipeline it turns ``(h, h^1, .., h^(k-1), balance)`` into ``(.., h^k, balance)``."""
 
-    def __init__(self, config: DeepSeekV3Config, rotary: Rotary, *, depth: int) -> None:
+    def __init__(self, config: DeepSeekV3Config, rotary: Rotary, *, depth: int, recompute: Recompute = "none") -> None:
         super().__init__()
         self.depth = depth
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
-        self.block = MoEBlock(config, rotary)
+        self.block = MoEBlock(config, rotary, recompute=recompute)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, h_BTD: Tensor, embedding_BTD: Tensor, balance_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,11 +59,15 @@ class MTP(nn.Module):
             return self.norm(h_BTD), balance_B
 
         inner = (*self.block.phases(), Phase("norm", norm))
-        return Phase("join", join, takes_batch=True), *(_carrying(self.depth, phase) for phase in inner)
+        joined = compute_phase("join", join, self.block.recompute, takes_batch=True)
+        return joined, *(_carrying(self.depth, phase) for phase in inner)
 
     def _joined(self, h_BTD: Tensor, embedding_BTD: Tensor) -> Tensor:
-        joined: Tensor = self.eh_proj(torch.cat((self.enorm(embedding_BTD), self.hnorm(h_BTD)), dim=-1))
+        joined: Tensor = self.eh_proj(rebuilt(self._normed, h_BTD, embedding_BTD))
         return joined
+
+    def _normed(self, h_BTD: Tensor, embedding_BTD: Tensor) -> Tensor:
+        return autocast_to(torch.cat((self.enorm(embedding_BTD), self.hnorm(h_BTD)), dim=-1))
 
 
 def _carrying(count: int, phase: Phase) -> Phase:
@@ -68,4 +76,4 @@ def _carrying(count: int, phase: Phase) -> Phase:
     def run(*values: object) -> Values:
         return *values[:count], *phase(values[count:], {})
 
-    return Phase(phase.name, run, communicates=phase.communicates)
+    return replace(phase, run=run)
