@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_dualpipe.deepseek_v3.config import DeepSeekV3Config
 from lightning_dualpipe.deepseek_v3.model import Transformer
+from lightning_dualpipe.deepseek_v3.recompute import Recompute
 from lightning_dualpipe.interface import Batch
 from lightning_dualpipe.parallel.groups import Groups
 from lightning_dualpipe.parallel.layout import ParallelLayout
@@ -23,9 +24,9 @@ from tests.strategy.runs import SHAPE
 CONFIG = DeepSeekV3Config.from_preset("tiny", **{**SHAPE, "num_nextn_predict_layers": 2})  # type: ignore[typeddict-item]
 
 
-def build() -> nn.Module:
+def build(recompute: Recompute = "none") -> nn.Module:
     owner = nn.Module()
-    owner.model = Transformer(CONFIG, seed=1).double()
+    owner.model = Transformer(CONFIG, seed=1, recompute=recompute).double()
     for _, router in owner.model.routers():  # as after some training
         router.e_score_correction_bias.copy_(torch.linspace(-0.1, 0.1, router.num_experts).roll(3))
     return owner
@@ -46,9 +47,14 @@ def uncut(samples: int) -> tuple[float, dict[str, Tensor]]:
 
 
 def cut(
-    rank: int, schedule: str, layout: ParallelLayout, samples: int, num_microbatches: int
+    rank: int,
+    schedule: str,
+    layout: ParallelLayout,
+    samples: int,
+    num_microbatches: int,
+    recompute: Recompute = "none",
 ) -> tuple[float, Mapping[str, tuple[range | None, Tensor]], int]:
-    owner = build()
+    owner = build(recompute)
     assembly = Assembly(
         owner,
         layout,
@@ -100,6 +106,18 @@ def test_gradients_are_those_of_the_uncut_model(
             torch.testing.assert_close(gradient / scale, want / scale, rtol=0, atol=1e-10, msg=name)
             seen[name][rows.start : rows.stop] = True
     assert all(rows.all() for rows in seen.values()), "some parameter is on no rank"
+
+
+@pytest.mark.parametrize("schedule", ["dualpipe", "zb1p"])
+def test_recomputing_changes_no_bit_though_weight_gradients_wait_and_experts_are_spread(schedule: str) -> None:
+    layout = ParallelLayout(4, pipeline=2, expert=2)
+    want, *others = (
+        run_ranks(layout.world, cut, schedule, layout, 8, 4, recompute) for recompute in ("none", "selective", "full")
+    )
+    for results in others:
+        for (loss, gradients, _), (expected_loss, expected, _) in zip(results, want, strict=True):
+            assert loss == expected_loss and gradients.keys() == expected.keys()
+            assert all(torch.equal(gradient, expected[name][1]) for name, (_, gradient) in gradients.items())
 
 
 @pytest.mark.parametrize(("schedule", "expected"), [("dualpipe", 5), ("1f1b", 4), ("zb1p", 4), ("gpipe", 8)])
