@@ -14,6 +14,7 @@ from lightning_dualpipe.parallel.dispatch import LocalDispatcher
 from lightning_dualpipe.precision.linear import make_linears_deferrable
 from tests.deepseek_v3.kept import bytes_alive_after
 from tests.deepseek_v3.small import random_batch, randomize, small_config
+from tests.marks import needs_cuda
 
 MODELS = {
     "small": {},
@@ -167,7 +168,7 @@ def run(function, *leaves):
 
 
 def test_what_two_save_is_rebuilt_once_and_again_for_another_backward():
-    calls, square = [], None
+    calls = []
     square = squares(calls)
     x = torch.randn(5, dtype=torch.float64, requires_grad=True)
 
@@ -251,3 +252,30 @@ def test_outside_of_a_phase_everything_is_as_without():
     x = torch.randn(5, requires_grad=True)
     rebuilt(squares(calls), x).sin().sum().backward()
     assert len(calls) == 1 and not forgets()
+
+
+# ---- kernels of a GPU -------------------------------------------------------------------------
+
+
+@needs_cuda
+def test_fused_attention_forgets_queries_keys_and_values_too():
+    """Loose: backwards of fused attention add in whatever order their blocks arrive."""
+    config = small_config(
+        hidden_size=256, num_attention_heads=8, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64
+    )
+    found = []
+    for recompute in ("none", "selective", "full"):
+        model = randomize(Transformer(config, recompute=recompute)).to("cuda", torch.bfloat16)
+        batch = {name: value.cuda() for name, value in random_batch(config, 2, 512).items()}
+        model(batch)  # libraries and tables
+        before = torch.cuda.memory_allocated()
+        loss = model(batch)["loss"]
+        kept = torch.cuda.memory_allocated() - before
+        loss.backward()
+        found.append((kept, loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
+    (none, loss, gradients), *others = found
+    for kept, again, got in others:
+        assert kept < 0.75 * none
+        assert torch.equal(loss, again)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(got[name], gradient, rtol=0.05, atol=0.02 * float(gradient.abs().max()))
