@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -31,7 +32,9 @@ __all__ = [
     "Values",
     "WeightGradients",
     "as_layers",
+    "is_recomputing",
     "means",
+    "recomputing",
     "run_uncut",
 ]
 
@@ -70,6 +73,10 @@ class Phase:
 
     A phase that communicates has a ``launch`` too, by which a pipeline can compute something else while
     the values travel; ``run`` is the same with the waiting, and its backward.
+
+    With ``recompute`` it is to keep its inputs only and to run again, in ``recomputing()``, before its
+    backward. That changes memory and time, not numbers, so whoever keeps nothing may leave it out.
+    Never set for communication: ranks would have to agree on the order of that, too.
     """
 
     name: str
@@ -79,11 +86,15 @@ class Phase:
     skips: int = 0  # so many leading values pass it by
     takes: int | None = None  # and it is given so many of the others, or all; the rest pass it by too
     has_peers: Callable[[], bool] | None = None  # whether ``launch`` has anybody to talk to; None: yes
+    recompute: bool = False
 
     def __call__(self, values: Values, batch: Batch) -> Values:
-        mine = self.own(values)
-        out = self.run(*mine, batch=batch) if self.takes_batch else self.run(*mine)
-        return self.replaced(values, out if isinstance(out, tuple) else (out,))
+        return self.replaced(values, self.work(self.own(values), batch))
+
+    def work(self, own: Values, batch: Batch) -> Values:
+        """Run on nothing but its own values."""
+        out = self.run(*own, batch=batch) if self.takes_batch else self.run(*own)
+        return out if isinstance(out, tuple) else (out,)
 
     @property
     def communicates(self) -> bool:
@@ -229,18 +240,42 @@ def _layer_of(module: nn.Module, *, name: str) -> Layer:
     return Layer(f"{name} ({type(module).__name__})", (Phase("forward", module),), (module,), cost)
 
 
-def run_uncut(model: PipelineModel, batch: Batch) -> dict[str, Tensor] | Tensor:
+_RECOMPUTING: ContextVar[bool] = ContextVar("recomputing", default=False)
+
+
+class recomputing:
+    """``with recomputing():`` what runs a second time for the sake of a backward. May be entered again later."""
+
+    def __enter__(self) -> None:
+        self._token = _RECOMPUTING.set(True)
+
+    def __exit__(self, *error: object) -> None:
+        _RECOMPUTING.reset(self._token)
+
+
+def is_recomputing() -> bool:
+    """For whatever leaves traces in a forward, a count of tokens for instance: not the second time."""
+    return _RECOMPUTING.get()
+
+
+def run_uncut(
+    model: PipelineModel, batch: Batch, run: Callable[[Phase, Values, Batch], Values] = Phase.__call__
+) -> dict[str, Tensor] | Tensor:
     """The whole model on this device: what every pipeline must reproduce.
 
     With ``"labels"`` in the batch the means over its tokens, ``"loss"`` among them, and ``"tokens"``,
     their number; without, the first value of the last layer, for instance logits.
+
+    Args:
+        run: runs one phase. The default keeps all that autograd wants, whatever ``Phase.recompute`` says.
     """
     values = model.inputs(batch)
     values = values if isinstance(values, tuple) else (values,)
     with_loss = "labels" in batch
     for layer in as_layers(model.layers()):
         if with_loss or not layer.for_loss:
-            values = layer(values, batch)
+            for phase in layer.phases:
+                values = run(phase, values, batch)
     return means(model.loss(values, batch)) if with_loss else values[0]
 
 

@@ -6,7 +6,7 @@
        |  |            |
  L2  pipeline     deepseek_v3 (rest)   checkpoint                        torch
        |    \\        /   \\             /
- L1    |     parallel     precision                                      torch
+ L1    |     parallel     precision     recompute                        torch
        |         |
  L0  schedules   planner   interface   errors                            standard library
 
@@ -38,7 +38,7 @@ class Place:
 
 
 L0 = {"schedules", "planner", "interface", "errors"}
-L1 = {"parallel", "precision"}
+L1 = {"parallel", "precision", "recompute"}
 TORCH = {"torch", "numpy"}
 LIGHTNING = TORCH | {"lightning", "lightning_utilities", "torchmetrics", "typing_extensions"}
 PLACES = {
@@ -48,6 +48,7 @@ PLACES = {
     "planner": Place(own={"errors", "interface", "schedules"}),
     "parallel": Place(own={"errors", "interface"}, libraries=TORCH),
     "precision": Place(own={"errors", "interface"}, libraries=TORCH),
+    "recompute": Place(own={"interface"}, libraries=TORCH),
     "pipeline": Place(own=L0 | L1, libraries=TORCH),
     "deepseek_v3": Place(own=L0 | L1, libraries=TORCH | {"safetensors"}),
     "checkpoint": Place(own=L0 | L1, libraries=TORCH | {"safetensors"}),

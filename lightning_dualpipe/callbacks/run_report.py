@@ -1,9 +1,10 @@
-"""What a run leaves behind, and where: checkpoint, metrics, and two pictures.
+"""What a run leaves behind, and where: checkpoint, metrics, and two pictures; and what memory it took.
 
 checkpoint         runs/quickstart/version_0/checkpoints/last.ckpt
 metrics log        runs/quickstart/version_0/metrics.csv
 loss picture       runs/quickstart/version_0/losses.png
 schedule picture   runs/quickstart/version_0/schedule.png
+peak memory        1.31 GiB on rank 2; 0.97 GiB on rank 1, the least of 4
 """
 
 import os
@@ -18,6 +19,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from lightning_dualpipe.callbacks.loss_picture import draw_losses
+from lightning_dualpipe.callbacks.peak_memory import GIB, peak_of_ranks
 from lightning_dualpipe.callbacks.report_steps import report_is_due
 from lightning_dualpipe.errors import MissingPackageError
 from lightning_dualpipe.schedules import Costs, Schedule, build_schedule
@@ -32,6 +34,8 @@ _VALIDATION_LOSS = "val_loss"
 
 class RunReport(Callback):
     """At the end of ``fit``, draws the loss curves and the schedule, and says where everything is.
+
+    Also the peak memory of the rank with the largest and of that with the least.
 
     The curves are part of checkpoints, so that a resumed run shows all of its history.
     """
@@ -73,8 +77,9 @@ class RunReport(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked on every rank: rank 0 tells the others
+        memory = "peak memory", _spread(peak_of_ranks(trainer))
         if trainer.is_global_zero:
-            found = [*_checkpoints(trainer), *_metrics_logs(trainer), *self._pictures(trainer, folder)]
+            found = [*_checkpoints(trainer), *_metrics_logs(trainer), *self._pictures(trainer, folder), memory]
             width = max((len(what) for what, _ in found), default=0)
             rank_zero_info("\n".join(["", *(f"{what.ljust(width)}   {where}" for what, where in found)]))
 
@@ -113,6 +118,17 @@ def _training_schedule(trainer: Trainer) -> Schedule | None:
     if microbatches is None or layout is None or layout.pipeline < 2:
         return None
     return build_schedule(strategy.schedule, layout.pipeline, microbatches)
+
+
+def _spread(peaks: list[int]) -> str:
+    """Bytes by rank: the largest and the least. Ranks of a pipeline differ, by their layers and by what they hold."""
+    most, least = max(peaks), min(peaks)
+    if len(peaks) == 1:
+        return f"{most / GIB:.2f} GiB"
+    return (
+        f"{most / GIB:.2f} GiB on rank {peaks.index(most)}; "
+        f"{least / GIB:.2f} GiB on rank {peaks.index(least)}, the least of {len(peaks)}"
+    )
 
 
 def _shown(path: str | Path) -> str:

@@ -15,13 +15,17 @@ Shapes: B sequences, T positions, D hidden, H heads, and per head N nope, R rope
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from lightning_dualpipe.deepseek_v3.causal_attention import causal_attention
 from lightning_dualpipe.deepseek_v3.config import DeepSeekV3Config
 from lightning_dualpipe.deepseek_v3.norm import RMSNorm
+from lightning_dualpipe.deepseek_v3.recompute import forgets, rebuilt
 from lightning_dualpipe.deepseek_v3.rope import Rotary, softmax_scale
+from lightning_dualpipe.precision.weight_gradients import autocast_to
 
 __all__ = ["Attention"]
 
@@ -50,16 +54,34 @@ class Attention(nn.Module):
         self.compressed_queries = config.q_lora_rank is not None
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        x_BTD = rebuilt(autocast_to, x_BTD)  # one copy for both
         latent_BTC, shared_key_BTR = self.kv_a_proj_with_mqa(x_BTD).split([self.kv_rank, self.rope], dim=-1)
-        kv_BTHC = self.kv_b_proj(self.kv_a_layernorm(latent_BTC)).unflatten(-1, (self.num_heads, -1))
-        k_nope_BTHN, v_BTHV = kv_BTHC.split([self.nope, self.value], dim=-1)
-        q_nope_BTHN, q_rope_BTHR = self._queries(x_BTD).split([self.nope, self.rope], dim=-1)
-        k_rope_BTHR = self.rotary(shared_key_BTR.unsqueeze(-2)).expand_as(q_rope_BTHR)
+        latent_BTC = rebuilt(_operand_of(self.kv_a_layernorm), latent_BTC)
+        k_BTHC, v_BTHV = rebuilt(self._keys_and_values, latent_BTC, shared_key_BTR)
+        q_BTHC = self._queries(x_BTD)
+        y_BTHV = causal_attention(q_BTHC, k_BTHC, v_BTHV, self.scale, keep_short=not forgets())
+        return self.o_proj(y_BTHV.flatten(-2))
 
-        q = torch.cat((q_nope_BTHN, self.rotary(q_rope_BTHR)), dim=-1)
-        k = torch.cat((k_nope_BTHN, k_rope_BTHR), dim=-1)
-        return self.o_proj(causal_attention(q, k, v_BTHV, self.scale).flatten(-2))
+    def _keys_and_values(self, latent_BTC: Tensor, shared_key_BTR: Tensor) -> tuple[Tensor, Tensor]:
+        kv_BTHC = self.kv_b_proj(latent_BTC).unflatten(-1, (self.num_heads, -1))
+        k_nope_BTHN, v_BTHV = kv_BTHC.split([self.nope, self.value], dim=-1)
+        k_rope_BTHR = self.rotary(shared_key_BTR.unsqueeze(-2)).expand(*k_nope_BTHN.shape[:-1], -1)
+        return torch.cat((k_nope_BTHN, k_rope_BTHR), dim=-1), v_BTHV
 
     def _queries(self, x_BTD: Tensor) -> Tensor:
-        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD))) if self.compressed_queries else self.q_proj(x_BTD)
-        return q.unflatten(-1, (self.num_heads, -1))
+        if not self.compressed_queries:
+            return self._turned(self.q_proj(x_BTD))  # kept: no narrow latent to rebuild it from
+        latent_BTQ = rebuilt(_operand_of(self.q_a_layernorm), self.q_a_proj(x_BTD))
+        return rebuilt(self._up_queries, latent_BTQ)
+
+    def _up_queries(self, latent_BTQ: Tensor) -> Tensor:
+        return self._turned(self.q_b_proj(latent_BTQ))
+
+    def _turned(self, q: Tensor) -> Tensor:
+        q_nope_BTHN, q_rope_BTHR = q.unflatten(-1, (self.num_heads, -1)).split([self.nope, self.rope], dim=-1)
+        return torch.cat((q_nope_BTHN, self.rotary(q_rope_BTHR)), dim=-1)
+
+
+def _operand_of(norm: RMSNorm) -> Callable[[Tensor], Tensor]:
+    """``norm`` and the cast that autocast would make of its output, so that no wider copy is between them."""
+    return lambda x: autocast_to(norm(x))

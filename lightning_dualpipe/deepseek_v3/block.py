@@ -4,8 +4,8 @@
     MoE     h ─► attend ─┬─ dispatch ══► experts ─► combine ══► add ─► h         ══ may cross ranks
                          └─ shared_experts ─────────────────────┘
 
-``attend`` holds attention, both norms and the router. The shared experts need nothing of what travels,
-so they can run while it does, forward and backward.
+``attend`` holds attention, its norm, the router and what the router sees, normed. The shared experts
+need nothing of what travels, so they can run while it does, forward and backward.
 
 A pipeline runs a phase of one microbatch while another one's communicates (technical report,
 figure 4); ``forward`` is their composition. The sequence-wise balance loss rides along with the
@@ -28,6 +28,7 @@ from lightning_dualpipe.deepseek_v3.mlp import MLP
 from lightning_dualpipe.deepseek_v3.moe import MoE
 from lightning_dualpipe.deepseek_v3.norm import RMSNorm
 from lightning_dualpipe.deepseek_v3.padding import MASK
+from lightning_dualpipe.deepseek_v3.recompute import Recompute, compute_phase, rebuildable, rebuilt
 from lightning_dualpipe.deepseek_v3.rope import Rotary
 from lightning_dualpipe.interface import Batch, Flight, Phase, Values
 from lightning_dualpipe.parallel.dispatch import Routing
@@ -38,8 +39,9 @@ __all__ = ["Block", "DenseBlock", "MoEBlock"]
 class Block(nn.Module, ABC):
     """``(h_BTD, balance_B) -> (h_BTD, balance_B)``."""
 
-    def __init__(self, config: DeepSeekV3Config, rotary: Rotary) -> None:
+    def __init__(self, config: DeepSeekV3Config, rotary: Rotary, *, recompute: Recompute = "none") -> None:
         super().__init__()
+        self.recompute: Recompute = recompute
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, rotary)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -54,49 +56,53 @@ class Block(nn.Module, ABC):
             values = phase(values, {})
         return values
 
-    def _attended(self, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """The hidden state after attention, and that normed for what follows."""
-        h_BTD = h_BTD + self.self_attn(self.input_layernorm(h_BTD))
-        return h_BTD, self.post_attention_layernorm(h_BTD)
+    def _attended(self, h_BTD: Tensor) -> Tensor:
+        """The hidden state after attention."""
+        return h_BTD + self.self_attn(rebuilt(self.input_layernorm, h_BTD))
 
 
 class DenseBlock(Block):
-    def __init__(self, config: DeepSeekV3Config, rotary: Rotary) -> None:
-        super().__init__(config, rotary)
+    def __init__(self, config: DeepSeekV3Config, rotary: Rotary, *, recompute: Recompute = "none") -> None:
+        super().__init__(config, rotary, recompute=recompute)
         self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
     def phases(self) -> tuple[Phase, ...]:
-        return Phase("attend", self._attend), Phase("feed_forward", self._feed_forward)
+        return (
+            compute_phase("attend", self._attend, self.recompute),
+            compute_phase("feed_forward", self._feed_forward, self.recompute),
+        )
 
     def _attend(self, h_BTD: Tensor, balance_B: Tensor) -> Values:
-        return *self._attended(h_BTD), balance_B
+        return self._attended(h_BTD), balance_B
 
-    def _feed_forward(self, h_BTD: Tensor, x_BTD: Tensor, balance_B: Tensor) -> Values:
-        return h_BTD + self.mlp(x_BTD), balance_B
+    def _feed_forward(self, h_BTD: Tensor, balance_B: Tensor) -> Values:
+        return h_BTD + self.mlp(rebuilt(self.post_attention_layernorm, h_BTD)), balance_B
 
 
 class MoEBlock(Block):
-    def __init__(self, config: DeepSeekV3Config, rotary: Rotary) -> None:
-        super().__init__(config, rotary)
+    def __init__(self, config: DeepSeekV3Config, rotary: Rotary, *, recompute: Recompute = "none") -> None:
+        super().__init__(config, rotary, recompute=recompute)
         self.mlp = MoE(config)
 
     def phases(self) -> tuple[Phase, ...]:
         return (
-            Phase("attend", self._attend, takes_batch=True),
+            compute_phase("attend", self._attend, self.recompute, takes_batch=True),
             Phase("dispatch", self._sent, launch=self._send, takes=3, has_peers=self._crosses_ranks),
-            Phase("shared_experts", self._shared_experts, skips=3, takes=2),
-            Phase("experts", self._experts, takes=3),
+            compute_phase("shared_experts", self._shared_experts, self.recompute, skips=3, takes=2),
+            compute_phase("experts", self._experts, self.recompute, takes=3),
             Phase("combine", self._sent_back, launch=self._send_back, takes=2, has_peers=self._crosses_ranks),
             Phase("add", self._add),
         )
 
     def _attend(self, h_BTD: Tensor, balance_B: Tensor, batch: Batch) -> Values:
-        h_BTD, x_BTD = self._attended(h_BTD)
+        h_BTD = self._attended(h_BTD)
+        x_BTD = rebuilt(self.post_attention_layernorm, h_BTD)
         weights_NK, experts_NK, own_B = self.mlp.gate(x_BTD, batch.get(MASK))
         packed = self.mlp.dispatcher.pack(x_BTD.flatten(0, 1), weights_NK, experts_NK)
         return *packed, h_BTD, x_BTD, balance_B + own_B
 
     def _shared_experts(self, h_BTD: Tensor, x_BTD: Tensor) -> Tensor:
+        x_BTD = rebuildable(x_BTD, self.post_attention_layernorm, h_BTD)  # made in another phase
         return h_BTD + self.mlp.shared_experts(x_BTD)
 
     def _experts(self, rows: Tensor, weights: Tensor, plan: Any) -> Values:

@@ -9,7 +9,7 @@ goes through blocks of rows, a few heads at a time, which stay in a core's cache
                      ▲ masked to its right                dq = dS k,  dk += dS^T q
 
 Backward computes P again from q and k, but for short sequences, whose P is no larger than the other
-things a layer keeps. Half types are widened to float32 block by block.
+things a layer keeps, unless the caller wants that memory. Half types are widened to float32 block by block.
 
 Shapes: B sequences, T positions, H heads, C width of queries and keys, V of values; G heads of a group.
 """
@@ -33,11 +33,13 @@ _IN_CACHE = 1 << 17  # probabilities computed at a time
 _SHORT = 256  # positions of a sequence whose probabilities are kept
 
 
-def causal_attention(q_BTHC: Tensor, k_BTHC: Tensor, v_BTHV: Tensor, scale: float) -> Tensor:
+def causal_attention(
+    q_BTHC: Tensor, k_BTHC: Tensor, v_BTHV: Tensor, scale: float, *, keep_short: bool = True
+) -> Tensor:
     """``y_BTHV``, in the dtype of ``v``; probabilities in at least float32."""
     if q_BTHC.device.type == "cpu":
         with without_autocast(q_BTHC):
-            y_BTHV: Tensor = _Blockwise.apply(q_BTHC, k_BTHC, v_BTHV, scale)
+            y_BTHV: Tensor = _Blockwise.apply(q_BTHC, k_BTHC, v_BTHV, scale, keep_short)
         return y_BTHV
     q, k, v = (heads.transpose(1, 2) for heads in (q_BTHC, k_BTHC, v_BTHV))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
@@ -45,7 +47,7 @@ def causal_attention(q_BTHC: Tensor, k_BTHC: Tensor, v_BTHV: Tensor, scale: floa
 
 class _Blockwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_BTHC: Tensor, k_BTHC: Tensor, v_BTHV: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, q_BTHC: Tensor, k_BTHC: Tensor, v_BTHV: Tensor, scale: float, keep_short: bool) -> Tensor:
         y_BTHV = torch.empty_like(v_BTHV, memory_format=torch.contiguous_format)
         mask, blocks = _above_diagonal(q_BTHC), _blocks(q_BTHC.shape[1])
         kept: list[Tensor] = []
@@ -55,7 +57,7 @@ class _Blockwise(torch.autograd.Function):
             for rows in blocks:
                 probabilities = _probabilities(q, k, rows, mask)
                 y[:, rows] = torch.bmm(probabilities, v[:, : rows.stop])
-                if q_BTHC.shape[1] <= _SHORT:
+                if keep_short and q_BTHC.shape[1] <= _SHORT:
                     kept.append(probabilities)
         ctx.save_for_backward(q_BTHC, k_BTHC, v_BTHV, *kept)
         ctx.scale = scale
@@ -63,7 +65,7 @@ class _Blockwise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_BTHV: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_BTHV: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q_BTHC, k_BTHC, v_BTHV, *kept = ctx.saved_tensors
         inputs = q_BTHC, k_BTHC, v_BTHV
         dq_BTHC, dk_BTHC, dv_BTHV = grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
@@ -74,7 +76,7 @@ class _Blockwise(torch.autograd.Function):
             known = kept[index * len(blocks) :][: len(blocks)][::-1]
             probabilities = known or (_probabilities(q, k, rows, mask) for rows in reversed(blocks))
             _group_backward(q, k, v, g, blocks, probabilities, [_heads(grad, group) for grad in grads])
-        return dq_BTHC.mul_(ctx.scale), dk_BTHC, dv_BTHV, None
+        return dq_BTHC.mul_(ctx.scale), dk_BTHC, dv_BTHV, None, None
 
 
 def _group_backward(

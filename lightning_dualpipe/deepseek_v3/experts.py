@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lightning_dualpipe.deepseek_v3.recompute import rebuilt
 from lightning_dualpipe.deepseek_v3.swiglu import weighted_swiglu
 from lightning_dualpipe.interface import WeightGradients
 from lightning_dualpipe.precision.grouped_linear import grouped_linear
@@ -36,7 +37,7 @@ class Experts(nn.Module):
     def forward(self, x_RD: Tensor, weights_R: Tensor, counts_E: Tensor) -> Tensor:
         """``y_RD``, each row the output of its expert times its weight; the first ``counts_E[0]`` rows are row 0's."""
         gate_up_RJ = grouped_linear(x_RD, self.gate_up_proj, counts_E, self.weight_gradients)
-        y_RI = weighted_swiglu(gate_up_RJ, weights_R)
+        y_RI = rebuilt(weighted_swiglu, gate_up_RJ, weights_R)
         return grouped_linear(y_RI, self.down_proj, counts_E, self.weight_gradients)
 
     def keep_experts(self, first: int, count: int) -> None:

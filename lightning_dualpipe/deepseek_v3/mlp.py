@@ -2,7 +2,9 @@
 
 from torch import Tensor, nn
 
+from lightning_dualpipe.deepseek_v3.recompute import rebuilt
 from lightning_dualpipe.deepseek_v3.swiglu import swiglu
+from lightning_dualpipe.precision.weight_gradients import autocast_to
 
 __all__ = ["MLP"]
 
@@ -17,4 +19,5 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(intermediate, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        x = rebuilt(autocast_to, x)  # one copy for both
+        return self.down_proj(rebuilt(swiglu, self.gate_proj(x), self.up_proj(x)))

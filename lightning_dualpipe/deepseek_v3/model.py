@@ -27,9 +27,11 @@ from lightning_dualpipe.deepseek_v3.moe import MoE
 from lightning_dualpipe.deepseek_v3.mtp import MTP
 from lightning_dualpipe.deepseek_v3.norm import RMSNorm
 from lightning_dualpipe.deepseek_v3.padding import MASK, check_padding
+from lightning_dualpipe.deepseek_v3.recompute import Recompute
 from lightning_dualpipe.deepseek_v3.rope import Rotary
 from lightning_dualpipe.deepseek_v3.router import Router
 from lightning_dualpipe.interface import Batch, Layer, Phase, TensorSpec, Values, run_uncut
+from lightning_dualpipe.recompute import run_phase
 
 __all__ = ["Transformer"]
 
@@ -39,24 +41,24 @@ _COST_LENGTH = 4096  # positions for which layers are weighed against each other
 class Transformer(nn.Module):
     """A ``PipelineModel``. Under ``torch.device("meta")`` it takes no memory; else it comes with initial weights."""
 
-    def __init__(self, config: DeepSeekV3Config, *, seed: int = 0) -> None:
+    def __init__(self, config: DeepSeekV3Config, *, seed: int = 0, recompute: Recompute = "none") -> None:
         super().__init__()
         self.config = config
         self.mtp_loss_weight = config.mtp_loss_weight  # may change in the course of a training
         device = torch.get_default_device()
         with torch.device("meta"):  # no module initialises itself
-            self._build(config, Rotary(config))
+            self._build(config, Rotary(config), recompute)
         if device.type != "meta":
             self.to_empty(device=device)
             self.initialize_weights(seed)
 
-    def _build(self, config: DeepSeekV3Config, rotary: Rotary) -> None:
+    def _build(self, config: DeepSeekV3Config, rotary: Rotary, recompute: Recompute) -> None:
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         kinds = (MoEBlock if config.is_moe(index) else DenseBlock for index in range(config.num_hidden_layers))
-        self.blocks = nn.ModuleList(kind(config, rotary) for kind in kinds)
+        self.blocks = nn.ModuleList(kind(config, rotary, recompute=recompute) for kind in kinds)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         depths = range(1, config.num_nextn_predict_layers + 1)
-        self.mtp = nn.ModuleList(MTP(config, rotary, depth=depth) for depth in depths)
+        self.mtp = nn.ModuleList(MTP(config, rotary, depth=depth, recompute=recompute) for depth in depths)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._tie()
 
@@ -65,7 +67,7 @@ class Transformer(nn.Module):
 
         Shorter sequences may be filled up on the right, ``"attention_mask"`` [B, T] then says where (``padding``).
         """
-        return run_uncut(self, batch)
+        return run_uncut(self, batch, run_phase)
 
     def layers(self) -> Sequence[Layer]:
         config = self.config

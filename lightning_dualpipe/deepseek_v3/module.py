@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self, cast, get_args
 
 import torch
 from lightning.pytorch import LightningModule
@@ -34,6 +34,7 @@ from lightning_dualpipe.deepseek_v3.hf_writer import save_weights
 from lightning_dualpipe.deepseek_v3.learning_rate import LearningRateSchedule, learning_rate_factor
 from lightning_dualpipe.deepseek_v3.model import Transformer
 from lightning_dualpipe.deepseek_v3.padding import MASK
+from lightning_dualpipe.deepseek_v3.recompute import Recompute
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.interface import Batch, ReplicaAware
 
@@ -56,6 +57,8 @@ class DeepSeekV3(LightningModule):
         balance_tokens: tokens after which the routers' biases stay as they are (report: 14.3T of 14.8T).
         mtp_loss_weights: weight of multi-token prediction from a number of tokens on, for instance
             ``{0: 0.3, 10000000000000: 0.1}``. Default: the configuration's, throughout.
+        recompute: what backward computes again to save memory. ``selective``: what the report does, norms,
+            up-projections of attention and SwiGLU; ``full``: everything but what was exchanged between ranks.
         seed: of the initial weights, which depend on it and on parameter names only. Default: the seed of
             ``seed_everything``, or 0.
         token_ids: ``bos_token_id``, ``eos_token_id`` and ``pad_token_id`` for ``save_pretrained``. What the data that
@@ -78,6 +81,7 @@ class DeepSeekV3(LightningModule):
         betas: tuple[float, float] = (0.9, 0.95),
         balance_tokens: float = math.inf,
         mtp_loss_weights: dict[int, float] | None = None,
+        recompute: Recompute = "none",
         seed: int | None = None,
         token_ids: TokenIds | None = None,
     ) -> None:
@@ -88,6 +92,8 @@ class DeepSeekV3(LightningModule):
                 "vary that by config.with_overrides(…), or leave it out"
             )
         check_token_ids(token_ids or {})
+        if recompute not in get_args(Recompute):
+            raise ConfigurationError(f"recompute={recompute!r} is not one of {', '.join(get_args(Recompute))}")
         self.config = config or DeepSeekV3Config.from_preset(preset or "tiny", **(overrides or {}))
         # plain values, so that checkpoints load without running code; the configuration is kept whole
         self.save_hyperparameters(
@@ -102,6 +108,7 @@ class DeepSeekV3(LightningModule):
                 "betas": tuple(betas),
                 "balance_tokens": balance_tokens,
                 "mtp_loss_weights": mtp_loss_weights,
+                "recompute": recompute,
                 "seed": seed,
                 "token_ids": token_ids,
             }
@@ -112,7 +119,7 @@ class DeepSeekV3(LightningModule):
         """Tokens per expert [E] of the last optimizer step, by router, over all ranks; of the layers held here."""
         self._pretrained: Path | None = None
         with torch.device("meta"):
-            self.model = Transformer(self.config)
+            self.model = Transformer(self.config, recompute=recompute)
 
     # ---- weights ------------------------------------------------------------------------------
 

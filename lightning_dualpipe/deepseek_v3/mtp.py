@@ -22,8 +22,10 @@ from lightning_dualpipe.deepseek_v3.block import MoEBlock
 from lightning_dualpipe.deepseek_v3.config import DeepSeekV3Config
 from lightning_dualpipe.deepseek_v3.norm import RMSNorm
 from lightning_dualpipe.deepseek_v3.padding import ahead
+from lightning_dualpipe.deepseek_v3.recompute import Recompute, compute_phase, rebuilt
 from lightning_dualpipe.deepseek_v3.rope import Rotary
 from lightning_dualpipe.interface import Batch, Phase, Values
+from lightning_dualpipe.precision.weight_gradients import autocast_to
 
 __all__ = ["MTP"]
 
@@ -31,13 +33,13 @@ __all__ = ["MTP"]
 class MTP(nn.Module):
     """One depth. As a layer of a pipeline it turns ``(h, h^1, .., h^(k-1), balance)`` into ``(.., h^k, balance)``."""
 
-    def __init__(self, config: DeepSeekV3Config, rotary: Rotary, *, depth: int) -> None:
+    def __init__(self, config: DeepSeekV3Config, rotary: Rotary, *, depth: int, recompute: Recompute = "none") -> None:
         super().__init__()
         self.depth = depth
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
-        self.block = MoEBlock(config, rotary)
+        self.block = MoEBlock(config, rotary, recompute=recompute)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, h_BTD: Tensor, embedding_BTD: Tensor, balance_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,11 +60,15 @@ class MTP(nn.Module):
             return self.norm(h_BTD), balance_B
 
         inner = (*self.block.phases(), Phase("norm", norm))
-        return Phase("join", join, takes_batch=True), *(_ahead(phase, self.depth) for phase in inner)
+        joined = compute_phase("join", join, self.block.recompute, takes_batch=True)
+        return joined, *(_ahead(phase, self.depth) for phase in inner)
 
     def _joined(self, h_BTD: Tensor, embedding_BTD: Tensor) -> Tensor:
-        joined: Tensor = self.eh_proj(torch.cat((self.enorm(embedding_BTD), self.hnorm(h_BTD)), dim=-1))
+        joined: Tensor = self.eh_proj(rebuilt(self._normed, h_BTD, embedding_BTD))
         return joined
+
+    def _normed(self, h_BTD: Tensor, embedding_BTD: Tensor) -> Tensor:
+        return autocast_to(torch.cat((self.enorm(embedding_BTD), self.hnorm(h_BTD)), dim=-1))
 
 
 def _ahead(phase: Phase, depth: int) -> Phase:

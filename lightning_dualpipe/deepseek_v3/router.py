@@ -27,6 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_dualpipe.deepseek_v3.config import DeepSeekV3Config
+from lightning_dualpipe.deepseek_v3.recompute import rebuilt
+from lightning_dualpipe.interface import is_recomputing
 from lightning_dualpipe.precision.weight_gradients import without_autocast
 
 __all__ = ["Router"]
@@ -35,7 +37,7 @@ _BEST_OF_GROUP = 2  # a group is judged by so many of its experts
 
 
 class Router(nn.Module):
-    """``tokens_per_expert`` [E] int64: choices since the last ``update_bias``, in training forwards only."""
+    """``tokens_per_expert`` [E] int64: choices since the last ``update_bias``, once for each training forward."""
 
     e_score_correction_bias: Tensor
 
@@ -79,9 +81,8 @@ class Router(nn.Module):
         self.tokens_per_expert.zero_()
 
     def _scores(self, x_BTD: Tensor) -> Tensor:
-        dtype = torch.promote_types(x_BTD.dtype, torch.float32)
         with without_autocast(x_BTD):
-            return F.linear(x_BTD.to(dtype), self.weight.to(dtype)).sigmoid()
+            return F.linear(rebuilt(_widened, x_BTD), rebuilt(_widened, self.weight)).sigmoid()
 
     def _choose(self, scores_NE: Tensor) -> Tensor:
         biased_NE = scores_NE + self.e_score_correction_bias
@@ -98,7 +99,7 @@ class Router(nn.Module):
         return biased_NGE.masked_fill(others_NG.unsqueeze(-1), float("-inf")).flatten(-2)
 
     def _count(self, experts_NK: Tensor, real_BT: Tensor) -> None:
-        if self.training and torch.is_grad_enabled():
+        if self.training and torch.is_grad_enabled() and not is_recomputing():
             choices = experts_NK.flatten()
             self.tokens_per_expert = self.tokens_per_expert.to(choices.device)  # parameters may be moved one by one
             counted_NK = real_BT.to(choices).reshape(-1, 1).expand_as(experts_NK)
@@ -117,6 +118,10 @@ class Router(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.top_k} of {self.num_experts}, {self.top_groups} of {self.num_groups} groups"
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def balance_loss(scores_BTE: Tensor, real_BT: Tensor, *, top_k: int, alpha: float) -> Tensor:

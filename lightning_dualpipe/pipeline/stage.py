@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from lightning_dualpipe.interface import Batch, Flight, Layer, Phase, PipelineModel, Values, WeightGradients
-from lightning_dualpipe.pipeline.graph import Graph, detached, leaves
+from lightning_dualpipe.pipeline.graph import Entrance, Graph, detached
 from lightning_dualpipe.pipeline.streams import CommunicationStream, Mark
+from lightning_dualpipe.recompute import run_phase
 
 __all__ = ["Stage"]
 
@@ -116,11 +117,12 @@ class Stage:
         self, microbatch: int, values: Values, batch: Batch
     ) -> Generator[None, None, Values | dict[str, Tensor]]:
         values = self._inputs(values, batch)
-        inputs = values if self.is_first else leaves(values)
+        wanted = not self.is_first
         records: list[_Record] = []
         *pieces, last = _cut(self._phases()) if self.communicates else [_Piece(tuple(self._phases()))]
         for piece in pieces:
-            graph, values = self._compute(piece.compute, inputs, batch)
+            graph, values = self._compute(piece.compute, values, batch, wanted=wanted)
+            wanted = True
             mark = self.stream.mark()
             yield
             flying, beside = piece.communication, None
@@ -129,18 +131,13 @@ class Stage:
                 flight = flying.launch(*flying.own(values))
             values = flying.replaced(values, (None,) * len(flying.own(values)))
             if piece.beside:
-                beside, values = self._compute(piece.beside, leaves(values), batch)
+                beside, values = self._compute(piece.beside, values, batch)
             records.append(_Record(graph, flying, flight, beside))
             yield
-            inputs = leaves(flying.replaced(values, flight.land()))
-        if not self.is_last:
-            graph, values = self._compute(last.compute, inputs, batch)
-            result: Values | dict[str, Tensor] = values
-        else:
-            with self.context():
-                sums = dict(self.model.loss(_run(last.compute, inputs, batch), batch))
-            graph = Graph.of(inputs, (sums["loss"],))
-            result = {name: value.detach() for name, value in sums.items()}
+            values = flying.replaced(values, flight.land())
+        result: Values | dict[str, Tensor]
+        end = self._conclude if self.is_last else self._compute
+        graph, result = end(last.compute, values, batch, wanted=wanted)
         records.append(_Record(graph))
         self._held[microbatch] = records
         return result
@@ -171,10 +168,24 @@ class Stage:
                 yield
         return () if self.is_first else tuple(gradient for gradient in gradients if gradient is not None)
 
-    def _compute(self, phases: Iterable[Phase], inputs: Values, batch: Batch) -> tuple[Graph, Values]:
+    def _compute(
+        self, phases: Iterable[Phase], values: Values, batch: Batch, *, wanted: bool = True
+    ) -> tuple[Graph, Values]:
+        """A graph from ``values``, whose gradients are ``wanted``, and what it computes, detached."""
+        entrance = Entrance() if wanted else None
         with self.context():
-            outputs = _run(phases, inputs, batch)
-        return Graph.of(inputs, outputs), detached(outputs)
+            outputs = _run(phases, entrance.enter(values) if entrance is not None else values, batch)
+        return Graph.of(entrance, outputs), detached(outputs)
+
+    def _conclude(
+        self, phases: Iterable[Phase], values: Values, batch: Batch, *, wanted: bool
+    ) -> tuple[Graph, dict[str, Tensor]]:
+        """The same with the loss behind it, for the end of the model."""
+        entrance = Entrance() if wanted else None
+        with self.context():
+            outputs = _run(phases, entrance.enter(values) if entrance is not None else values, batch)
+            sums = dict(self.model.loss(outputs, batch))
+        return Graph.of(entrance, (sums["loss"],)), {name: value.detach() for name, value in sums.items()}
 
     def _differentiate(self, graph: Graph, gradients: Values, microbatch: int, deferring: bool) -> Values:
         self.weight_gradients.deferring = deferring
@@ -241,5 +252,5 @@ def _take_while(todo: list[Phase], wanted: Callable[[Phase], bool]) -> tuple[Pha
 
 def _run(phases: Iterable[Phase], values: Values, batch: Batch) -> Values:
     for phase in phases:
-        values = phase(values, batch)
+        values = run_phase(phase, values, batch)
     return values

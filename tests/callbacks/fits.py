@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_dualpipe import DualPipeStrategy
-from lightning_dualpipe.callbacks import ExpertLoad, RunReport, Throughput
+from lightning_dualpipe.callbacks import ExpertLoad, PeakMemory, RunReport, Throughput
 from lightning_dualpipe.metrics import TokenRate
 from tests.ranks import run_ranks
 from tests.strategy.runs import Run, build_data, build_module, pretend_torchrun, write_corpus
@@ -68,7 +68,7 @@ def fit(rank: int, layout: str, run: Run, folder: str) -> Outcome:
         gradient_clip_val=1.0,
         enable_progress_bar=False,
         logger=CSVLogger("runs", name="test"),
-        callbacks=[clock, throughput, ExpertLoad(), report, log, ModelCheckpoint(save_last=True)],
+        callbacks=[clock, throughput, ExpertLoad(), PeakMemory(), report, log, ModelCheckpoint(save_last=True)],
     )
     trainer.fit(build_module(run), build_data(run))
     written = [str(path.relative_to(folder)) for path in Path(folder, "runs").rglob("*") if path.is_file()]

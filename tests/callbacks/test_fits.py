@@ -62,6 +62,18 @@ def test_the_report_names_what_is_there(layout: str) -> None:
     assert not any("metrics log" in other.said for other in others)
 
 
+def test_the_largest_peak_of_all_ranks_is_logged_and_reported(layout: str) -> None:
+    first, *others = outcomes(layout)
+    peaks = [logged["peak_memory_gib"] for logged in first.logged]
+    assert 0.1 < peaks[0] <= peaks[1] < 10  # gibibytes of a process that has loaded torch
+    assert all([logged["peak_memory_gib"] for logged in other.logged] == peaks for other in others)
+    world = LAYOUTS[layout][0]
+    (line,) = re.findall(r"^peak memory +(.+)$", first.said, flags=re.MULTILINE)
+    spread = rf"[\d.]+ GiB on rank [0-{world - 1}]; [\d.]+ GiB on rank [0-{world - 1}], the least of {world}"
+    assert re.fullmatch(spread if world > 1 else r"[\d.]+ GiB", line)
+    assert float(line.split()[0]) >= round(peaks[-1], 2) - 0.01
+
+
 def test_a_pipeline_has_its_schedule_drawn(layout: str) -> None:
     first = outcomes(layout)[0]
     if LAYOUTS[layout][1] is None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_dualpipe.deepseek_v3.config import DeepSeekV3Config
 from lightning_dualpipe.deepseek_v3.model import Transformer
+from lightning_dualpipe.deepseek_v3.recompute import Recompute
 from lightning_dualpipe.interface import Batch
 from lightning_dualpipe.parallel.groups import Groups
 from lightning_dualpipe.parallel.layout import ParallelLayout
@@ -28,9 +29,9 @@ AFTER_SOME_TRAINING = (0.1, -0.1, -0.03, 0.03)
 STARVING_RANK_1 = (9.0, 9.0, 0.0, 0.0)  # of two expert ranks
 
 
-def build(bias: Sequence[float] = AFTER_SOME_TRAINING) -> nn.Module:
+def build(bias: Sequence[float] = AFTER_SOME_TRAINING, recompute: Recompute = "none") -> nn.Module:
     owner = nn.Module()
-    owner.model = Transformer(CONFIG, seed=1).double()
+    owner.model = Transformer(CONFIG, seed=1, recompute=recompute).double()
     for _, router in owner.model.routers():
         router.e_score_correction_bias.copy_(torch.tensor(bias))
     return owner
@@ -59,8 +60,9 @@ def cut(
     num_microbatches: int,
     order: str | None = "eager",
     bias: Sequence[float] = AFTER_SOME_TRAINING,
-) -> tuple[float, Mapping[str, tuple[range | None, Tensor]], int]:
-    owner = build(bias)
+    recompute: Recompute = "none",
+) -> tuple[float, Mapping[str, tuple[range | None, Tensor]], int, list[list[int]]]:
+    owner = build(bias, recompute)
     assembly = Assembly(
         owner,
         layout,
@@ -80,7 +82,8 @@ def cut(
     out["loss"].backward()
     assembly.replicas.sum_gradients(assembly.named_parameters())
     gradients = {name: (assembly.rows.get(name), p.grad) for name, p in assembly.named_parameters().items()}
-    return out["loss"].item(), gradients, assembly.peak_held
+    counts = [router.tokens_per_expert.tolist() for _, router in owner.model.routers()]
+    return out["loss"].item(), gradients, assembly.peak_held, counts
 
 
 CASES = [
@@ -125,7 +128,7 @@ def check(
     results = run_ranks(layout.world, cut, schedule, layout, samples, num_microbatches, order, bias)
 
     seen = {name: torch.zeros(len(gradient), dtype=torch.bool) for name, gradient in expected.items()}
-    for rank_loss, gradients, _ in results:
+    for rank_loss, gradients, *_ in results:
         assert rank_loss == pytest.approx(loss, rel=1e-12)
         for name, (rows, gradient) in gradients.items():
             rows = rows or range(len(expected[name]))
@@ -136,8 +139,23 @@ def check(
     assert all(rows.all() for rows in seen.values()), "some parameter is on no rank"
 
 
+@pytest.mark.parametrize("schedule", ["dualpipe", "zb1p"])
+def test_recomputing_changes_no_bit_though_weight_gradients_wait_and_experts_are_spread(schedule: str) -> None:
+    layout = ParallelLayout(4, pipeline=2, expert=2)
+    want, *others = (
+        run_ranks(layout.world, cut, schedule, layout, 8, 4, "eager", AFTER_SOME_TRAINING, recompute)
+        for recompute in ("none", "selective", "full")
+    )
+    for results in others:
+        for (loss, gradients, _, counts), (expected_loss, expected, _, expected_counts) in zip(
+            results, want, strict=True
+        ):
+            assert loss == expected_loss and counts == expected_counts and gradients.keys() == expected.keys()
+            assert all(torch.equal(gradient, expected[name][1]) for name, (_, gradient) in gradients.items())
+
+
 @pytest.mark.parametrize(("schedule", "expected"), [("dualpipe", 5), ("1f1b", 4), ("zb1p", 4), ("gpipe", 8)])
 def test_no_rank_holds_more_microbatches_than_its_schedule_says(schedule: str, expected: int) -> None:
     """P + 1 for DualPipe, P for 1F1B and ZB1P, all for GPipe (table of DeepSeek's DualPipe repository)."""
     results = run_ranks(4, cut, schedule, ParallelLayout(4, pipeline=4), 8, 8)
-    assert max(peak for _, _, peak in results) == expected
+    assert max(peak for _, _, peak, _ in results) == expected

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_dualpipe.interface import WeightGradients, as_layers
+from lightning_dualpipe.interface import Layer, Phase, WeightGradients, as_layers, is_recomputing
 from lightning_dualpipe.pipeline.stage import Stage
 from lightning_dualpipe.precision.linear import make_linears_deferrable
 from tests.pipeline.small import KINDS, WIDTH, Ladder, build_batch
@@ -274,3 +274,37 @@ def test_every_forward_runs_in_the_context_and_no_backward_does():
     assert stage.evaluate((x,), {})[0].dtype == torch.bfloat16
     assert stage.predict((x,), {})[0].dtype == torch.bfloat16
     assert entered == ["in", "out"] * 3 and seen == [False]
+
+
+def test_a_phase_that_is_to_be_recomputed_runs_again_for_its_backward_and_changes_no_bit():
+    (expected, expected_received), module, runs = run(at_once), rungs(), []
+
+    def recorded(*values):
+        runs.append(is_recomputing())
+        return module(*values)
+
+    layer = Layer("recomputed", (Phase("rung", recorded, recompute=True),), (module,), cost=1)
+    stage = Stage(1, 3, module, [layer], WeightGradients())
+    make_linears_deferrable(module, stage.weight_gradients)
+    for microbatch, samples in enumerate(SIZES):
+        stage.forward(microbatch, values_of(samples, seed=microbatch), {})
+    assert runs == [False] * len(SIZES)
+    received = each_soon_after(stage)
+
+    assert runs == [False] * len(SIZES) + [True] * len(SIZES)
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter.grad, expected[name]), name
+    for mine, theirs in zip(received, expected_received, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_what_a_stage_was_given_is_freed_where_its_backward_does_not_need_it():
+    linear = nn.Linear(WIDTH, WIDTH, bias=False).requires_grad_(False)  # its backward needs the weight alone
+    stage = Stage(1, 3, linear, as_layers([linear]), WeightGradients())
+    given = torch.ones(3, WIDTH)
+    (out,) = stage.forward(0, (given,), {})
+    memory = [weakref.ref(each.untyped_storage()) for each in (given, out)]
+    del given, out
+    assert not any(each() for each in memory)
+    (gradient,) = stage.backward(0, (torch.ones(3, WIDTH),))
+    assert torch.equal(gradient, torch.ones(3, WIDTH) @ linear.weight)
