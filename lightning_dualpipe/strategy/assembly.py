@@ -31,6 +31,7 @@ from lightning_dualpipe.pipeline.partition import Whole, keep_only, materialize,
 from lightning_dualpipe.pipeline.stage import Stage
 from lightning_dualpipe.pipeline.transport import Transport
 from lightning_dualpipe.precision.linear import make_linears_deferrable
+from lightning_dualpipe.precision.main_gradients import keep_main_gradients
 from lightning_dualpipe.schedules import Schedule, build_schedule
 
 __all__ = ["Assembly", "check_experts", "find_pipeline_model"]
@@ -126,6 +127,7 @@ class Assembly:
     Args:
         convert: the precision plugin's conversion of modules.
         context: what a forward of a stage runs in.
+        main_gradients: whether parameters in half precision have float32 gradients.
     """
 
     def __init__(
@@ -140,6 +142,7 @@ class Assembly:
         device: torch.device,
         context: Callable[[], AbstractContextManager[object]],
         convert: Callable[[nn.Module], nn.Module],
+        main_gradients: bool,
     ) -> None:
         self.owner = owner
         self._module, self.model = find_pipeline_model(owner)
@@ -168,11 +171,11 @@ class Assembly:
             same_as=self.part.whole.same_as,
             rows=self.rows,
             owned=frozenset(first for first, ranks in holders.items() if ranks[0] == rank),
-            parameters=self.named_parameters,
             group=groups.world_host,
         )
         self._stages = self._build_stages(context)
         self._forward = self._pipelined(device, num_microbatches, schedule_of)
+        self._main_gradients = main_gradients
         self._undo: list[Callable[[], None]] = []
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
@@ -191,6 +194,8 @@ class Assembly:
         for stage in self._stages.values():
             for module in {module for layer in stage.layers for module in layer.modules}:
                 self._undo.append(make_linears_deferrable(module, stage.weight_gradients))
+        if self._main_gradients:
+            self._undo.append(keep_main_gradients(self.named_parameters().values()))
         vars(self._module)["forward"] = self._forward
 
     def detach(self) -> None:

@@ -5,23 +5,21 @@ from typing import Any
 
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_dualpipe.strategy.assembly import Assembly
-from lightning_dualpipe.strategy.collectives import PipelineCollectives
+from lightning_dualpipe.strategy.optimizers import PipelineOptimizers
 
 __all__ = ["PipelineCheckpoints"]
 
+_MAIN_WEIGHTS = "main_weights"
+"""Where a checkpoint has the float32 weights behind parameters in half precision. Others do not look there."""
 
-class PipelineCheckpoints(PipelineCollectives):
+
+class PipelineCheckpoints(PipelineOptimizers):
     """Collects what the ranks hold, and hands each its part; ``checkpoint.store`` does the work."""
-
-    assembly: Assembly | None
-    """This rank's part of the model, once the Trainer has set it up."""
 
     @property
     @override
@@ -31,9 +29,7 @@ class PipelineCheckpoints(PipelineCollectives):
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         assert self.assembly is not None
-        if isinstance(optimizer, LightningOptimizer):
-            optimizer = optimizer._optimizer
-        return self.assembly.store.local_optimizer_state(optimizer)
+        return self.assembly.store.local_optimizer_state(self._sharded_of(optimizer))
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
@@ -49,6 +45,8 @@ class PipelineCheckpoints(PipelineCollectives):
         if "optimizer_states" in checkpoint:
             states = checkpoint["optimizer_states"]
             checkpoint["optimizer_states"] = [self.assembly.store.whole_optimizer_state(state) for state in states]
+            if main_weights := self.assembly.store.whole_main_weights(self._sharded):
+                checkpoint[_MAIN_WEIGHTS] = main_weights
         super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
     def whole_tensors(self) -> Iterator[tuple[str, range | None, Tensor]]:
@@ -69,6 +67,7 @@ class PipelineCheckpoints(PipelineCollectives):
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         assert self.assembly is not None
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            optimizer.load_state_dict(self.assembly.store.local_part_of_optimizer_state(optimizer, state))
+        for sharded, state in zip(self._sharded, checkpoint["optimizer_states"], strict=True):
+            self.assembly.store.load_optimizer_state(sharded, state)
+        self.assembly.store.load_main_weights(self._sharded, checkpoint.get(_MAIN_WEIGHTS, {}))
         _optimizers_to_device(self.optimizers, self.root_device)

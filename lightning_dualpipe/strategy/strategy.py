@@ -4,11 +4,12 @@
                     give them memory, replace the model's ``forward`` by the pipeline
     training_step   the user's, unmodified, on every rank: calling the model runs the whole schedule
     backward        hands the gradients over, then sums them over every rank that holds the parameter
+    optimizers      step on this rank's share of what they update, then share the result
     clipping        by the norm of the whole model, each parameter counted once
     checkpoints     one file, as ``strategy="auto"`` would have written it
 
 What a rank holds is decided by ``strategy.assembly``, who reads the data by ``strategy.reader``; the
-base classes talk to other ranks (``collectives``) and read and write checkpoints.
+base classes talk to other ranks (``collectives``), share out ``optimizers`` and read and write checkpoints.
 """
 
 import types
@@ -69,6 +70,9 @@ class DualPipeStrategy(PipelineCheckpoints):
             ``1f1b`` or ``gpipe``.
         num_microbatches: pieces of a batch; ``"auto"`` takes the smallest divisor of the batch size that
             is at least twice the pipeline size. More pieces mean a smaller idle share.
+        optimizer_precision: of gradients, and of the weights that optimizers update, where parameters are in half
+            precision: ``"32"`` keeps both in float32, and parameters are rounded copies; ``"parameters"`` keeps the
+            parameters' own.
         overlap: reserved: in this version the forward and the backward of a pair always run one after the other.
         process_group_backend: ``nccl`` on GPUs and ``gloo`` on CPUs by default.
         timeout: how long a collective may wait before the run is given up.
@@ -83,6 +87,7 @@ class DualPipeStrategy(PipelineCheckpoints):
         schedule: Literal["dualpipe", "dualpipev", "zb1p", "1f1b", "gpipe"] = "dualpipe",
         num_microbatches: int | Literal["auto"] = "auto",
         overlap: bool = True,
+        optimizer_precision: Literal["32", "parameters"] = "32",
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         accelerator: Accelerator | None = None,
@@ -91,7 +96,7 @@ class DualPipeStrategy(PipelineCheckpoints):
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
-        check_arguments(pipeline_parallel_size, expert_parallel_size, schedule, num_microbatches)
+        check_arguments(pipeline_parallel_size, expert_parallel_size, schedule, num_microbatches, optimizer_precision)
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -104,8 +109,8 @@ class DualPipeStrategy(PipelineCheckpoints):
         self.schedule = schedule
         self.num_microbatches = num_microbatches
         self.overlap = overlap
+        self.optimizer_precision = optimizer_precision
         self.num_nodes = 1
-        self.assembly = None
         self._backend = process_group_backend
         self._timeout = timeout or default_pg_timeout
         self._groups: Groups | None = None
@@ -247,6 +252,7 @@ class DualPipeStrategy(PipelineCheckpoints):
                 device=self.root_device,
                 context=lambda: self.precision_plugin.forward_context(),
                 convert=self.precision_plugin.convert_module,
+                main_gradients=self.optimizer_precision == "32",
             )
         self.model = self.lightning_module
         self.model_to_device()
@@ -355,6 +361,7 @@ class DualPipeStrategy(PipelineCheckpoints):
     def teardown(self) -> None:
         if self.assembly is not None:
             self.assembly.detach()
+        self._release_optimizers()
         assert self.cluster_environment is not None and self.accelerator is not None
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()

@@ -58,6 +58,7 @@ def cut(
         num_microbatches=num_microbatches,
         device=torch.device("cpu"),
         context=nullcontext,
+        main_gradients=False,
         convert=lambda module: module,
     )
     assembly.attach()
