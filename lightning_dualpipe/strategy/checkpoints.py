@@ -17,6 +17,9 @@ __all__ = ["PipelineCheckpoints"]
 _MAIN_WEIGHTS = "main_weights"
 """Where a checkpoint has the float32 weights behind parameters in half precision. Others do not look there."""
 
+_CURRENT = "current_model_state"
+"""Where Lightning's weight averaging keeps the weights that are trained; ``state_dict`` is their average then."""
+
 
 class PipelineCheckpoints(PipelineOptimizers):
     """Collects what the ranks hold, and hands each its part; ``checkpoint.store`` does the work."""
@@ -41,7 +44,9 @@ class PipelineCheckpoints(PipelineOptimizers):
             )
             return
         assert self.assembly is not None
-        checkpoint["state_dict"] = self.assembly.store.whole_state_dict(checkpoint["state_dict"])
+        for key in ("state_dict", _CURRENT):
+            if key in checkpoint:
+                checkpoint[key] = self.assembly.store.whole_state_dict(checkpoint[key])
         if "optimizer_states" in checkpoint:
             states = checkpoint["optimizer_states"]
             checkpoint["optimizer_states"] = [self.assembly.store.whole_optimizer_state(state) for state in states]
@@ -57,11 +62,15 @@ class PipelineCheckpoints(PipelineOptimizers):
         assert self.assembly is not None and self.lightning_module is not None
         return self.assembly.store.stream(self.lightning_module.state_dict())
 
+    def local_tensors(self, whole: Mapping[str, Tensor], *, strict: bool = True) -> dict[str, Tensor]:
+        """Of a whole state dict of the LightningModule, what this rank holds."""
+        assert self.assembly is not None and self.lightning_module is not None
+        return self.assembly.store.local_state_dict(whole, self.lightning_module.state_dict(), strict=strict)
+
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        assert self.assembly is not None and self.lightning_module is not None
-        names = self.lightning_module.state_dict()
-        local = self.assembly.store.local_state_dict(checkpoint["state_dict"], names, strict=strict)
+        assert self.lightning_module is not None
+        local = self.local_tensors(checkpoint["state_dict"], strict=strict)
         self.lightning_module.load_state_dict(local, strict=strict)
 
     @override
