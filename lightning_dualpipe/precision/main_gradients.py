@@ -3,6 +3,7 @@
 bfloat16 has 8 significant bits: of a hundred equal microbatch gradients that are added up in it, the
 last ones no longer change the sum. ``Tensor.grad_dtype`` makes autograd, and ``now_or_later``, add
 up in float32; ``.grad`` is then float32, and so are its sums over ranks, its norm and its clipping.
+What one microbatch adds still comes out of a matrix multiplication in half precision, rounded once.
 """
 
 from __future__ import annotations
