@@ -57,6 +57,8 @@ from torch.distributed.pipelining import (
 import lightning_dualpipe
 from benchmarks.naps import Clock, ExpertLayer, LayerTimes, Sleeper
 from lightning_dualpipe.interface import Batch, Layer, Phase, TensorSpec, WeightGradients, as_layers, run_uncut
+from lightning_dualpipe.parallel.early_sums import GradientSums
+from lightning_dualpipe.parallel.replicas import ReplicaGroups
 from lightning_dualpipe.pipeline.engine import Engine
 from lightning_dualpipe.pipeline.forward import PipelinedForward
 from lightning_dualpipe.pipeline.overlap import ORDERS, run_pair
@@ -203,6 +205,8 @@ def ours(name: str, num_microbatches: int, rank: int, group: dist.ProcessGroup, 
         stages[index] = Stage(index, schedule.num_stages, model, mine, in_one_queue(mine))
     modules = [module for stage in stages.values() for layer in stage.layers for module in layer.modules]
     parameters = [parameter for module in modules for parameter in module.parameters()]
+    named = {f"rank {rank}, {index}": parameter for index, parameter in enumerate(parameters)}
+    alone = ReplicaGroups(dict.fromkeys(named, (rank,)), rank=rank)  # how long sums take is no question here
     engine = Engine(
         model,
         partial(build_schedule, name, ranks),
@@ -212,7 +216,13 @@ def ours(name: str, num_microbatches: int, rank: int, group: dist.ProcessGroup, 
         dtype=torch.float32,
     )
     forward = PipelinedForward(
-        engine, parameters, num_ranks=ranks, num_microbatches=num_microbatches, device=device, world=dist.group.WORLD
+        engine,
+        lambda: named,
+        GradientSums(alone, lambda: named, dict.fromkeys(named, (0,)), here=(0,)),
+        num_ranks=ranks,
+        num_microbatches=num_microbatches,
+        device=device,
+        world=dist.group.WORLD,
     )
     batch = build_batch(num_microbatches)
 

@@ -189,6 +189,10 @@ class ReplicaAware(Protocol):
         """Norm of the gradients of the whole model; the same on every rank."""
         ...
 
+    def local_tensors(self, whole: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Of a whole state dict of the LightningModule, what this rank holds."""
+        ...
+
     def whole_tensors(self) -> Iterator[tuple[str, range | None, Tensor]]:
         """On rank 0 every tensor of the whole LightningModule, by name; spread ones in pieces with their rows.
 

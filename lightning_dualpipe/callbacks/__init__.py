@@ -4,6 +4,7 @@ trainer.callbacks:
   - lightning_dualpipe.callbacks.Throughput       tokens per second
   - lightning_dualpipe.callbacks.ExpertLoad       how even the load of the experts is
   - lightning_dualpipe.callbacks.PeakMemory       the most memory that any rank has held
+  - lightning_dualpipe.callbacks.WeightAverage    a moving average of the weights, in host memory
   - lightning_dualpipe.callbacks.RunReport        pictures at the end, and where everything is
 """
 
@@ -11,5 +12,6 @@ from lightning_dualpipe.callbacks.expert_load import ExpertLoad
 from lightning_dualpipe.callbacks.peak_memory import PeakMemory
 from lightning_dualpipe.callbacks.run_report import RunReport
 from lightning_dualpipe.callbacks.throughput import Throughput
+from lightning_dualpipe.callbacks.weight_average import WeightAverage
 
-__all__ = ["ExpertLoad", "PeakMemory", "RunReport", "Throughput"]
+__all__ = ["ExpertLoad", "PeakMemory", "RunReport", "Throughput", "WeightAverage"]

@@ -7,17 +7,18 @@
 A rank owns a tensor if it is the lowest of those that hold it, so that everything travels once.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.interface import TensorSpec
+from lightning_dualpipe.parallel.sharded_optimizer import ShardedOptimizer
 
 __all__ = ["CheckpointStore"]
 
@@ -30,7 +31,6 @@ class CheckpointStore:
         same_as: every name -> the first name of the same tensor.
         rows: first name -> rows of the whole tensor that this rank holds, for tensors that are spread by rows.
         owned: first names of the tensors that this rank contributes.
-        parameters: first name -> this rank's parameter; asked anew each time, since they may be replaced.
         group: all ranks, on a backend that carries CPU objects; None if there is one rank.
     """
 
@@ -38,7 +38,6 @@ class CheckpointStore:
     same_as: Mapping[str, str]
     rows: Mapping[str, range]
     owned: frozenset[str]
-    parameters: Callable[[], Mapping[str, nn.Parameter]]
     group: dist.ProcessGroup | None
 
     # ---- weights ------------------------------------------------------------------------------
@@ -83,31 +82,33 @@ class CheckpointStore:
 
     # ---- optimizers ---------------------------------------------------------------------------
 
-    def local_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """State of this rank's parameters by name; ``whole_optimizer_state`` understands it."""
-        names = self._names()
-        packed = optimizer.state_dict()
-        by_index = dict(zip(_indices(packed), (names[id(p)] for p in _parameters(optimizer)), strict=True))
+    def local_optimizer_state(self, sharded: ShardedOptimizer) -> dict[str, Any]:
+        """State of this rank's shards by parameter name; ``whole_optimizer_state`` understands it."""
+        names = {id(shard.stepped): name for name, shard in sharded.shards.items()}
+        with sharded.in_place():
+            packed = {"state": {}, "param_groups": []} | sharded.optimizer.state_dict()  # Lightning's mock has none
+            shards = [names.get(id(parameter)) for parameter in _parameters(sharded.optimizer)]
+        by_index = dict(zip(_indices(packed), shards, strict=True))
         return {
             "state": {by_index[index]: state for index, state in packed["state"].items()},
+            "elements": {name: shard.elements for name, shard in sharded.shards.items() if shard.elements is not None},
             "param_groups": [
-                {**group, "params": [by_index[index] for index in group["params"]]} for group in packed["param_groups"]
+                {**group, "params": mine} for group, mine in zip(packed["param_groups"], sharded.names(), strict=True)
             ],
         }
 
     def whole_optimizer_state(self, local: Mapping[str, Any]) -> dict[str, Any]:
         """On rank 0 the state of an optimizer of the uncut model, by parameter index. A collective."""
-        mine = {name: _to_cpu(state) for name, state in local["state"].items() if name in self.owned}
+        names = [set(group["params"]) for group in local["param_groups"]]
+        mine = (_to_cpu(local["state"]), self.rows, local["elements"], names)
         states: dict[str, dict[str, Any]] = {}
         groups: list[list[set[str]]] = []
-        for part, rows, names in self._from_all((mine, self.rows, [set(g["params"]) for g in local["param_groups"]])):
-            groups.append(names)
+        for part, rows, elements, their_names in self._from_all(mine):
+            groups.append(their_names)
             for first, state in part.items():
-                whole, spread = states.setdefault(first, {}), rows.get(first)
+                whole = states.setdefault(first, {})
                 for key, value in state.items():
-                    full = self.whole[first].shape
-                    like_parameter = isinstance(value, Tensor) and value.shape[1:] == full[1:] and value.ndim
-                    self._put(whole, key, value, spread if like_parameter else None, full)
+                    self._put_state(whole, key, value, rows.get(first), elements.get(first), self.whole[first].shape)
         order = self._in_order(groups)
         index = {name: position for position, name in enumerate(name for group in order for name in group)}
         return {
@@ -118,14 +119,13 @@ class CheckpointStore:
             ],
         }
 
-    def local_part_of_optimizer_state(self, optimizer: Optimizer, whole: Mapping[str, Any]) -> dict[str, Any]:
-        """What ``optimizer.load_state_dict`` of this rank takes, from the state of an uncut model. A collective.
+    def load_optimizer_state(self, sharded: ShardedOptimizer, whole: Mapping[str, Any]) -> None:
+        """Give the optimizer of this rank its part of the state of an uncut model's. A collective.
 
         Raises:
             ConfigurationError: the checkpoint's optimizer has other parameter groups.
         """
-        names = self._names()
-        mine = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+        mine = sharded.names()
         order = self._in_order([groups for (groups,) in self._to_all(([set(group) for group in mine],))])
         saved = [group["params"] for group in whole["param_groups"]]
         if [len(group) for group in order] != [len(group) for group in saved]:
@@ -134,22 +134,40 @@ class CheckpointStore:
                 f"this one of {[len(group) for group in order]}; resume with the optimizer that was saved"
             )
         saved_index = {n: i for names, ids in zip(order, saved, strict=True) for n, i in zip(names, ids, strict=True)}
-        position = {name: index for index, name in enumerate(name for group in mine for name in group)}
+        sharded.cut(also=frozenset(name for name, index in saved_index.items() if index in whole["state"]))
+        owned = [[name for name in group if name in sharded.shards] for group in mine]
+        position = {name: index for index, name in enumerate(name for group in owned for name in group)}
         states = {
-            position[name]: self._rows_of(name, whole["state"][saved_index[name]])
+            position[name]: self._shard_of(name, whole["state"][saved_index[name]], sharded.shards[name].elements)
             for name in position
             if saved_index[name] in whole["state"]
         }
         groups = [
             {**group, "params": [position[name] for name in names]}
-            for group, names in zip(whole["param_groups"], mine, strict=True)
+            for group, names in zip(whole["param_groups"], owned, strict=True)
         ]
-        return {"state": states, "param_groups": groups}
+        with sharded.in_place():
+            sharded.optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+    def whole_main_weights(self, optimizers: Iterable[ShardedOptimizer]) -> dict[str, Tensor]:
+        """On rank 0 the main weights of the uncut model, by the first names of their parameters. A collective."""
+        shards = {n: s for sharded in optimizers for n, s in sharded.shards.items() if s.is_main_weight}
+        mine = {name: (_to_cpu(shard.stepped), shard.elements) for name, shard in shards.items()}
+        found: dict[str, Any] = {}
+        for part, rows in self._from_all((mine, self.rows)):
+            for first, (values, elements) in part.items():
+                self._put_state(found, first, values, rows.get(first), elements, self.whole[first].shape)
+        return {name: found[name] for name in self.whole if name in found}
+
+    def load_main_weights(self, optimizers: Iterable[ShardedOptimizer], whole: Mapping[str, Tensor]) -> None:
+        """Where a checkpoint has none, parameters will do: a main weight follows what is written to its parameter."""
+        for sharded in optimizers:
+            for name, shard in sharded.shards.items():
+                if shard.is_main_weight and name in whole:
+                    values = self._shard_of(name, whole[name], shard.elements)
+                    shard.stepped.data.copy_(values)
 
     # ---- helpers ------------------------------------------------------------------------------
-
-    def _names(self) -> dict[int, str]:
-        return {id(parameter): name for name, parameter in self.parameters().items()}
 
     def _rows_of(self, first: str, value: Any) -> Any:
         """This rank's rows of a whole tensor, or of every tensor of a state that has its shape."""
@@ -161,10 +179,42 @@ class CheckpointStore:
         spread = isinstance(value, Tensor) and value.shape == self.whole[first].shape
         return value[rows.start : rows.stop] if spread else value
 
+    def _shard_of(self, first: str, value: Any, elements: range | None) -> Any:
+        """This rank's shard of a whole tensor, or of every tensor of a state that has its shape."""
+        if isinstance(value, Mapping):
+            return {  # a count of steps has no elements, though it may look like a parameter that is a single number
+                key: item if key == "step" else self._shard_of(first, item, elements) for key, item in value.items()
+            }
+        mine = self._rows_of(first, value)
+        if elements is None or not isinstance(value, Tensor) or value.shape != self.whole[first].shape:
+            return mine
+        return mine.reshape(-1)[elements.start : elements.stop]
+
     def _in_order(self, parts: Sequence[Sequence[set[str]]]) -> list[list[str]]:
         """Names of each parameter group over all ranks, in the order of the uncut model's parameters."""
         place = {name: index for index, name in enumerate(self.whole)}
         return [sorted(set.union(*groups), key=place.__getitem__) for groups in zip(*parts, strict=True)]
+
+    def _put_state(
+        self,
+        found: dict[str, Any],
+        key: str,
+        value: Any,
+        rows: range | None,
+        elements: range | None,
+        shape: tuple[int, ...],
+    ) -> None:
+        """One value of an optimizer's state of a shard: with an entry for each of its elements, or for all of it."""
+        if elements is None:
+            like_parameter = isinstance(value, Tensor) and value.shape[1:] == shape[1:] and value.ndim
+            self._put(found, key, value, rows if like_parameter else None, shape)
+        elif isinstance(value, Tensor) and value.shape == (len(elements),):
+            if key not in found:
+                found[key] = value.new_zeros(shape)
+            local = found[key] if rows is None else found[key][rows.start : rows.stop]
+            local.view(-1)[elements.start : elements.stop] = value
+        else:
+            found[key] = value
 
     @staticmethod
     def _put(found: dict[str, Any], key: str, value: Any, rows: range | None, shape: tuple[int, ...]) -> None:

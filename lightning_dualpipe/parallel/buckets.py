@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["sum_in_buckets"]
+__all__ = ["start_sums", "sum_in_buckets"]
 
 
 def sum_in_buckets(tensors: Sequence[Tensor], group: dist.ProcessGroup, bucket_bytes: int) -> None:
@@ -28,6 +28,23 @@ def sum_in_buckets(tensors: Sequence[Tensor], group: dist.ProcessGroup, bucket_b
             _unpack(travelling.popleft())
     for last in travelling:
         _unpack(last)
+
+
+def start_sums(parameters: Sequence[Tensor], group: dist.ProcessGroup, bucket_bytes: int) -> list[dist.Work]:
+    """Begin to sum ``.grad`` of each over ``group``; until the works are done nobody may touch it.
+
+    Gradients become parts of their buckets, so those that are under way take no memory twice.
+    """
+    owners = {id(parameter.grad): parameter for parameter in parameters}
+    works = []
+    for tensors in _buckets([parameter.grad for parameter in parameters if parameter.grad is not None], bucket_bytes):
+        bucket = _launch(tensors, group)
+        works.append(bucket.work)
+        if bucket.flat is not tensors[0]:
+            parts = bucket.flat.split([tensor.numel() for tensor in tensors])
+            for tensor, part in zip(tensors, parts, strict=True):
+                owners[id(tensor)].grad = part.view(tensor.shape)
+    return works
 
 
 class _Bucket(NamedTuple):

@@ -57,7 +57,7 @@ class ReplicaGroups:
         self._holders = {name: tuple(sorted(set(ranks))) for name, ranks in sorted(holders.items())}
         foreign = [name for name, ranks in self._holders.items() if rank not in ranks]
         assert not foreign, f"rank {rank} holds {foreign}, but is not among their holders"
-        self._bucket_bytes = bucket_bytes
+        self.bucket_bytes = bucket_bytes
         self._summed: dict[str, weakref.ref[Tensor]] = {}
         self._groups: dict[Holders, dist.ProcessGroup] = {}
         if dist.is_initialized() and dist.get_world_size() > 1:
@@ -75,19 +75,23 @@ class ReplicaGroups:
         look, and so to wait for the device.
         """
         trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-        _refuse_sparse(trained)
-        for group, names in self._by_group(trained):
+        self.refuse_sparse(trained)
+        for group, names in self.by_group(trained):
             missing = [index for index, name in enumerate(names) if trained[name].grad is None]
             present = torch.ones(len(names), device=trained[names[0]].device)
             for index in missing:
                 present[index] = 0
-                trained[names[index]].grad = torch.zeros_like(trained[names[index]])
+                trained[names[index]].grad = _zeros(trained[names[index]])
             dist.all_reduce(present, group=group)
-            sum_in_buckets([_gradient(trained[name]) for name in names], group, self._bucket_bytes)
+            sum_in_buckets([_gradient(trained[name]) for name in names], group, self.bucket_bytes)
             for index in missing:
                 if not present[index]:
                     trained[names[index]].grad = None
-        self._summed = {name: weakref.ref(p.grad) for name, p in trained.items() if p.grad is not None}
+        self.note_summed(trained)
+
+    def note_summed(self, parameters: Mapping[str, Tensor]) -> None:
+        """The gradients are sums over the holders."""
+        self._summed = {name: weakref.ref(p.grad) for name, p in parameters.items() if p.grad is not None}
 
     @torch.no_grad()
     def unsum(self, parameters: Mapping[str, Tensor]) -> None:
@@ -105,23 +109,32 @@ class ReplicaGroups:
     @torch.no_grad()
     def sum_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Sum each tensor, for instance a count of tokens, over the holders of its name, in place."""
-        for group, names in self._by_group(tensors):
-            sum_in_buckets([tensors[name] for name in names], group, self._bucket_bytes)
+        for group, names in self.by_group(tensors):
+            sum_in_buckets([tensors[name] for name in names], group, self.bucket_bytes)
 
     @torch.no_grad()
     def broadcast(self, tensors: Mapping[str, Tensor]) -> None:
         """Give every holder of each tensor the values of the first one, in place."""
-        for group, names in self._by_group(tensors):
+        for group, names in self.by_group(tensors):
             for name in names:
                 values = tensors[name].contiguous()
                 dist.broadcast(values, group=group, group_src=0)
                 tensors[name].copy_(values)
 
-    def _by_group(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[dist.ProcessGroup, list[str]]]:
+    def by_group(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[dist.ProcessGroup, list[str]]]:
         """The groups in their common order, each with those of the names that it shares, in order."""
         for holders, group in sorted(self._groups.items(), key=lambda item: item[0]):
             if names := [name for name, ranks in self._holders.items() if ranks == holders and name in tensors]:
                 yield group, names
+
+    @staticmethod
+    def refuse_sparse(parameters: Mapping[str, Tensor]) -> None:
+        sparse = [name for name, each in parameters.items() if each.grad is not None and each.grad.is_sparse]
+        if sparse:
+            raise ConfigurationError.of(
+                "gradients are summed over ranks as dense tensors",
+                [f"{name} is sparse; set sparse=False" for name in sparse],
+            )
 
     def _agree(self) -> list[Holders]:
         """Every set of holders in the world, in one order; and that all holders mean the same names."""
@@ -138,15 +151,10 @@ class ReplicaGroups:
         return everything
 
 
+def _zeros(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter, dtype=parameter.grad_dtype)
+
+
 def _gradient(parameter: Tensor) -> Tensor:
     assert parameter.grad is not None
     return parameter.grad
-
-
-def _refuse_sparse(parameters: Mapping[str, Tensor]) -> None:
-    sparse = [name for name, parameter in parameters.items() if parameter.grad is not None and parameter.grad.is_sparse]
-    if sparse:
-        raise ConfigurationError.of(
-            "gradients are summed over ranks as dense tensors",
-            [f"{name} is sparse; set sparse=False" for name in sparse],
-        )

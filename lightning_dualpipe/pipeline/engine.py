@@ -65,14 +65,25 @@ class Engine:
         self._specs: list[tuple[TensorSpec, ...]] = []
         self._leaving: dict[_Key, Message] = {}
 
-    def train(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    def train(
+        self, batches: Sequence[Batch], *, on_stage_done: Callable[[int], None] = lambda stage: None
+    ) -> dict[str, Tensor]:
         """Forward and backward of every microbatch; gradients of the summed loss are added to ``.grad``.
 
+        ``on_stage_done`` is told each stage that has computed its last weight gradient.
         Returns the sums of the microbatches whose last stage is here; an empty dict if none is.
         """
         self.peak_held = 0
         sums: dict[str, Tensor] = {}
-        self._run(batches, lambda step: self._train_step(step, batches, sums), training=True)
+        last = self._last_actions(len(batches))
+
+        def execute(step: Step) -> None:
+            self._train_step(step, batches, sums)
+            for action in step:
+                if action == last[action.stage]:
+                    on_stage_done(action.stage)
+
+        self._run(batches, execute, training=True)
         return sums
 
     def _train_step(self, step: Step, batches: Sequence[Batch], sums: dict[str, Tensor]) -> None:
@@ -160,6 +171,11 @@ class Engine:
         schedule = self._schedule_of(num_microbatches)
         lowered = lower(schedule if training else schedule.forward_only())[self.rank]
         return self._transport.arrange(lowered.instructions)
+
+    def _last_actions(self, num_microbatches: int) -> dict[int, Action]:
+        return {
+            action.stage: action for step in self._schedule_of(num_microbatches).steps[self.rank] for action in step
+        }
 
     def _declared(self, batch: Batch) -> tuple[TensorSpec, ...]:
         return tuple(TensorSpec(spec.shape, spec.dtype or self.dtype) for spec in self.model.boundary(batch))

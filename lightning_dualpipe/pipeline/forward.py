@@ -5,11 +5,12 @@
 
 The number returned is the same on every rank: the mean over all tokens of the global batch. The
 gradients wait until ``backward`` and arrive multiplied by whatever was done to the loss in between
-(divided for accumulation, weighted, added to another loss), because gradients are linear in it.
+(divided for accumulation, weighted, added to another loss), because gradients are linear in it. They
+may have been summed over ranks by then, so it must be the same on every rank, as the loss is.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.interface import Batch, means
+from lightning_dualpipe.parallel.early_sums import GradientSums, Step
 from lightning_dualpipe.pipeline.engine import Engine
 from lightning_dualpipe.pipeline.microbatches import check_batch, choose_num_microbatches, num_samples, split
 
@@ -32,14 +34,16 @@ class PipelinedForward:
     """Callable in place of ``model.forward(batch)``; see ``interface.run_uncut`` for what it returns.
 
     Args:
-        parameters: the parameters of this rank; their ``.grad`` is delivered by ``backward``.
+        named: the parameters of this rank by name; their ``.grad`` is delivered by ``backward``.
+        sums: sums them over the other ranks that hold them.
         pipeline: ranks that share a batch. None: this rank alone.
         data: ranks with the same stages and other batches, for host-side agreement. None: alone.
         world: all ranks. None: this rank alone.
     """
 
     engine: Engine
-    parameters: Sequence[nn.Parameter]
+    named: Callable[[], Mapping[str, nn.Parameter]]
+    sums: GradientSums
     num_ranks: int
     num_microbatches: int | Literal["auto"]
     device: torch.device
@@ -64,19 +68,23 @@ class PipelinedForward:
     def _train(self, batch: Batch) -> dict[str, Tensor]:
         pieces = split(batch, self._count(batch, training=True))
         self.num_microbatches_used = len(pieces)
-        before = [parameter.grad for parameter in self.parameters]
-        for parameter in self.parameters:
+        named, step = self.named(), self.sums.begin()
+        before = {name: parameter.grad for name, parameter in named.items()}
+        for parameter in named.values():
             parameter.grad = None
-        with _without_hooks(self.parameters):
-            sums = self._reduce(self.engine.train(pieces), training=True)
-        gradients = [parameter.grad for parameter in self.parameters]
-        for parameter, gradient in zip(self.parameters, before, strict=True):
-            parameter.grad = gradient
+        with _without_hooks(named.values()):
+            sums = self.engine.train(pieces, on_stage_done=step.stage_done)
+            for stage in self.engine.stages:  # one that no microbatch came by is done as well
+                step.stage_done(stage)
+            sums = self._reduce(sums, training=True)
+        step.gradients = {name: parameter.grad for name, parameter in named.items() if parameter.grad is not None}
+        for name, parameter in named.items():
+            parameter.grad = before[name]
         report = self._report(sums)
         # a leaf of its own, so that the loss is differentiable even on a rank without parameters
         anchor = torch.zeros((), device=self.device, requires_grad=True)
         scale = sums["tokens"].clamp(min=1).reciprocal()
-        report["loss"] = _Deliver.apply(report["loss"], scale, [gradients], anchor, *self.parameters)
+        report["loss"] = _Deliver.apply(report["loss"], scale, step, list(named), anchor, *named.values())
         return report
 
     def _count(self, batch: Batch, *, training: bool) -> int:
@@ -150,7 +158,7 @@ class PipelinedForward:
 
 
 @contextmanager
-def _without_hooks(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def _without_hooks(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """A hook sees a parameter's gradient once, when ``backward`` delivers it, and not what microbatches add to it."""
     names = ("_backward_hooks", "_post_accumulate_grad_hooks")
     hooks = [(parameter, name, getattr(parameter, name)) for parameter in parameters for name in names]
@@ -168,18 +176,22 @@ class _Deliver(torch.autograd.Function):
     """A loss whose gradients have been computed already: ``backward`` hands them over, scaled."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, scale: Tensor, box: list[Any], anchor: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.box, ctx.scale = box, scale
+    def forward(
+        ctx: Any, loss: Tensor, scale: Tensor, step: Step, names: list[str], anchor: Tensor, *parameters: Tensor
+    ) -> Tensor:
+        ctx.step, ctx.scale, ctx.names = step, scale, names
         return loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if not ctx.box:
+        gradients = ctx.step.take()
+        if gradients is None:
             raise RuntimeError(
                 "backward was called twice on the loss of one pipeline step: its gradients were handed over the first "
                 "time. Add up the losses first, or call the model again."
             )
         factor = grad * ctx.scale
-        gradients = (None if gradient is None else gradient.mul_(factor) for gradient in ctx.box.pop())
-        return None, None, None, None, *gradients
+        for gradient in gradients.values():
+            gradient.mul_(factor)
+        return None, None, None, None, None, *(gradients.pop(name, None) for name in ctx.names)

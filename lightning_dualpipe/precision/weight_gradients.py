@@ -4,6 +4,9 @@ A weight gradient is needed by nobody before the optimizer, so a zero-bubble sch
 when its rank would otherwise idle (arXiv:2401.10241; DeepSeek-V3 report, section 3.2.1). The layer
 puts a closure into the queue of its stage; when it runs, it adds to ``.grad`` what autograd would
 have added, bit for bit.
+
+A parameter in half precision may have gradients in float32 (``grad_dtype``), so that those of many
+microbatches add up without rounding after each.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ __all__ = ["autocast_to", "now_or_later", "without_autocast"]
 def now_or_later(parameter: Tensor, queue: WeightGradients | None, compute: Callable[[], Tensor]) -> Tensor | None:
     """The gradient of ``parameter`` for autograd, or None if ``compute`` was put into the queue instead."""
     if queue is None or not _can_wait(parameter, queue):
-        return compute().to(parameter.dtype)
+        return compute().to(_gradient_dtype(parameter))
     queue.put(partial(_add_gradient, parameter, compute))
     return None
 
@@ -36,11 +39,16 @@ def _can_wait(parameter: Tensor, queue: WeightGradients) -> bool:
 
 @torch.no_grad()  # runs outside the autograd engine: without this the gradient would carry a graph
 def _add_gradient(parameter: Tensor, compute: Callable[[], Tensor]) -> None:
-    gradient = compute().to(parameter.dtype)
+    gradient = compute().to(_gradient_dtype(parameter))
     if parameter.grad is None:
         parameter.grad = gradient
     else:
         parameter.grad += gradient
+
+
+def _gradient_dtype(parameter: Tensor) -> torch.dtype:
+    chosen = parameter.grad_dtype if parameter.is_leaf else None
+    return chosen or parameter.dtype
 
 
 def autocast_to(tensor: Tensor) -> Tensor:

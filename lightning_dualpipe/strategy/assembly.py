@@ -22,6 +22,7 @@ from lightning_dualpipe.checkpoint.store import CheckpointStore
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.interface import InitializesWeights, Layer, PipelineModel, WeightGradients, as_layers
 from lightning_dualpipe.parallel.dispatch import AllToAllDispatcher, SpreadsExperts
+from lightning_dualpipe.parallel.early_sums import GradientSums
 from lightning_dualpipe.parallel.groups import Groups
 from lightning_dualpipe.parallel.layout import ParallelLayout
 from lightning_dualpipe.parallel.replicas import ReplicaGroups
@@ -33,6 +34,7 @@ from lightning_dualpipe.pipeline.stage import Stage
 from lightning_dualpipe.pipeline.streams import CommunicationStream
 from lightning_dualpipe.pipeline.transport import Transport
 from lightning_dualpipe.precision.linear import make_linears_deferrable
+from lightning_dualpipe.precision.main_gradients import keep_main_gradients
 from lightning_dualpipe.schedules import Schedule, build_schedule
 
 __all__ = ["Assembly", "check_experts", "find_pipeline_model"]
@@ -129,6 +131,7 @@ class Assembly:
         order: who goes on when a forward and a backward run at once; None: layers wait for their own communication.
         convert: the precision plugin's conversion of modules.
         context: what a forward of a stage runs in.
+        main_gradients: whether parameters in half precision have float32 gradients.
     """
 
     def __init__(
@@ -144,6 +147,7 @@ class Assembly:
         device: torch.device,
         context: Callable[[], AbstractContextManager[object]],
         convert: Callable[[nn.Module], nn.Module],
+        main_gradients: bool,
     ) -> None:
         self.owner = owner
         self._module, self.model = find_pipeline_model(owner)
@@ -172,12 +176,14 @@ class Assembly:
             same_as=self.part.whole.same_as,
             rows=self.rows,
             owned=frozenset(first for first, ranks in holders.items() if ranks[0] == rank),
-            parameters=self.named_parameters,
             group=groups.world_host,
         )
+        here = self._placement.stages_on(self._pipeline_rank)
+        self.sums = GradientSums(self.replicas, self.named_parameters, self.part.whole.stages_of, here)
         self._stream = CommunicationStream(device)
         self._stages = self._build_stages(context, overlap=order is not None)
         self._forward = self._pipelined(device, num_microbatches, schedule_of, order or ORDERS["eager"])
+        self._main_gradients = main_gradients
         self._undo: list[Callable[[], None]] = []
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
@@ -201,6 +207,8 @@ class Assembly:
         for stage in self._stages.values():
             for module in {module for layer in stage.layers for module in layer.modules}:
                 self._undo.append(make_linears_deferrable(module, stage.weight_gradients))
+        if self._main_gradients:
+            self._undo.append(keep_main_gradients(self.named_parameters().values()))
         vars(self._module)["forward"] = self._forward
 
     def detach(self) -> None:
@@ -267,7 +275,8 @@ class Assembly:
         )
         return PipelinedForward(
             engine,
-            list(self.named_parameters().values()),
+            self.named_parameters,
+            self.sums,
             num_ranks=self._layout.pipeline,
             num_microbatches=num_microbatches,
             device=device,

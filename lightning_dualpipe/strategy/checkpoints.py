@@ -5,23 +5,24 @@ from typing import Any
 
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_dualpipe.strategy.assembly import Assembly
-from lightning_dualpipe.strategy.collectives import PipelineCollectives
+from lightning_dualpipe.strategy.optimizers import PipelineOptimizers
 
 __all__ = ["PipelineCheckpoints"]
 
+_MAIN_WEIGHTS = "main_weights"
+"""Where a checkpoint has the float32 weights behind parameters in half precision. Others do not look there."""
 
-class PipelineCheckpoints(PipelineCollectives):
+_CURRENT = "current_model_state"
+"""Where Lightning's weight averaging keeps the weights that are trained; ``state_dict`` is their average then."""
+
+
+class PipelineCheckpoints(PipelineOptimizers):
     """Collects what the ranks hold, and hands each its part; ``checkpoint.store`` does the work."""
-
-    assembly: Assembly | None
-    """This rank's part of the model, once the Trainer has set it up."""
 
     @property
     @override
@@ -31,9 +32,7 @@ class PipelineCheckpoints(PipelineCollectives):
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         assert self.assembly is not None
-        if isinstance(optimizer, LightningOptimizer):
-            optimizer = optimizer._optimizer
-        return self.assembly.store.local_optimizer_state(optimizer)
+        return self.assembly.store.local_optimizer_state(self._sharded_of(optimizer))
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
@@ -45,10 +44,14 @@ class PipelineCheckpoints(PipelineCollectives):
             )
             return
         assert self.assembly is not None
-        checkpoint["state_dict"] = self.assembly.store.whole_state_dict(checkpoint["state_dict"])
+        for key in ("state_dict", _CURRENT):
+            if key in checkpoint:
+                checkpoint[key] = self.assembly.store.whole_state_dict(checkpoint[key])
         if "optimizer_states" in checkpoint:
             states = checkpoint["optimizer_states"]
             checkpoint["optimizer_states"] = [self.assembly.store.whole_optimizer_state(state) for state in states]
+            if main_weights := self.assembly.store.whole_main_weights(self._sharded):
+                checkpoint[_MAIN_WEIGHTS] = main_weights
         super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
     def whole_tensors(self) -> Iterator[tuple[str, range | None, Tensor]]:
@@ -59,16 +62,21 @@ class PipelineCheckpoints(PipelineCollectives):
         assert self.assembly is not None and self.lightning_module is not None
         return self.assembly.store.stream(self.lightning_module.state_dict())
 
+    def local_tensors(self, whole: Mapping[str, Tensor], *, strict: bool = True) -> dict[str, Tensor]:
+        """Of a whole state dict of the LightningModule, what this rank holds."""
+        assert self.assembly is not None and self.lightning_module is not None
+        return self.assembly.store.local_state_dict(whole, self.lightning_module.state_dict(), strict=strict)
+
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        assert self.assembly is not None and self.lightning_module is not None
-        names = self.lightning_module.state_dict()
-        local = self.assembly.store.local_state_dict(checkpoint["state_dict"], names, strict=strict)
+        assert self.lightning_module is not None
+        local = self.local_tensors(checkpoint["state_dict"], strict=strict)
         self.lightning_module.load_state_dict(local, strict=strict)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         assert self.assembly is not None
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            optimizer.load_state_dict(self.assembly.store.local_part_of_optimizer_state(optimizer, state))
+        for sharded, state in zip(self._sharded, checkpoint["optimizer_states"], strict=True):
+            self.assembly.store.load_optimizer_state(sharded, state)
+        self.assembly.store.load_main_weights(self._sharded, checkpoint.get(_MAIN_WEIGHTS, {}))
         _optimizers_to_device(self.optimizers, self.root_device)

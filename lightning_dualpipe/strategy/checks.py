@@ -23,7 +23,7 @@ __all__ = ["check_arguments", "check_model", "check_run"]
 
 
 def check_arguments(
-    pipeline: int | Literal["auto"], expert: int, schedule: str, num_microbatches: int | Literal["auto"]
+    pipeline: int | Literal["auto"], expert: int, schedule: str, num_microbatches: int | Literal["auto"], precision: str
 ) -> None:
     problems = [
         f"{name}={value!r} must be a positive whole number{or_auto}"
@@ -36,6 +36,8 @@ def check_arguments(
     ]
     if schedule not in SCHEDULES:
         problems.append(f"schedule={schedule!r} is not one of {', '.join(SCHEDULES)}")
+    if precision not in ("32", "parameters"):
+        problems.append(f"optimizer_precision={precision!r} is neither '32' nor 'parameters'")
     if problems:
         raise ConfigurationError.of("DualPipeStrategy cannot be built", problems)
 

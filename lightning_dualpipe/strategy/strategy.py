@@ -3,12 +3,13 @@
     setup           find the model that follows ``interface.PipelineModel``, keep this rank's stages,
                     give them memory, replace the model's ``forward`` by the pipeline
     training_step   the user's, unmodified, on every rank: calling the model runs the whole schedule
-    backward        hands the gradients over, then sums them over every rank that holds the parameter
+    backward        hands the gradients over, summed over every rank that holds the parameter
+    optimizers      step on this rank's share of what they update, then share the result
     clipping        by the norm of the whole model, each parameter counted once
     checkpoints     one file, as ``strategy="auto"`` would have written it
 
 What a rank holds is decided by ``strategy.assembly``, who reads the data by ``strategy.reader``; the
-base classes talk to other ranks (``collectives``) and read and write checkpoints.
+base classes talk to other ranks (``collectives``), share out ``optimizers`` and read and write checkpoints.
 """
 
 import types
@@ -70,6 +71,9 @@ class DualPipeStrategy(PipelineCheckpoints):
             ``1f1b`` or ``gpipe``.
         num_microbatches: pieces of a batch; ``"auto"`` takes the smallest divisor of the batch size that
             is at least twice the pipeline size. More pieces mean a smaller idle share.
+        optimizer_precision: of gradients, and of the weights that optimizers update, where parameters are in half
+            precision: ``"32"`` keeps both in float32, and parameters are rounded copies; ``"parameters"`` keeps the
+            parameters' own.
         overlap: compute one microbatch while the tokens of another travel to their experts. Off, every layer waits
             for its own tokens; results are the same.
         process_group_backend: ``nccl`` on GPUs and ``gloo`` on CPUs by default.
@@ -85,6 +89,7 @@ class DualPipeStrategy(PipelineCheckpoints):
         schedule: Literal["dualpipe", "dualpipev", "zb1p", "1f1b", "gpipe"] = "dualpipe",
         num_microbatches: int | Literal["auto"] = "auto",
         overlap: bool = True,
+        optimizer_precision: Literal["32", "parameters"] = "32",
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         accelerator: Accelerator | None = None,
@@ -93,7 +98,7 @@ class DualPipeStrategy(PipelineCheckpoints):
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
-        check_arguments(pipeline_parallel_size, expert_parallel_size, schedule, num_microbatches)
+        check_arguments(pipeline_parallel_size, expert_parallel_size, schedule, num_microbatches, optimizer_precision)
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -106,12 +111,11 @@ class DualPipeStrategy(PipelineCheckpoints):
         self.schedule = schedule
         self.num_microbatches = num_microbatches
         self.overlap = overlap
+        self.optimizer_precision = optimizer_precision
         self.num_nodes = 1
-        self.assembly = None
         self._backend = process_group_backend
         self._timeout = timeout or default_pg_timeout
         self._groups: Groups | None = None
-        self._sync_blocked = False
 
     # ---- who and where ------------------------------------------------------------------------
 
@@ -250,6 +254,7 @@ class DualPipeStrategy(PipelineCheckpoints):
                 device=self.root_device,
                 context=lambda: self.precision_plugin.forward_context(),
                 convert=self.precision_plugin.convert_module,
+                main_gradients=self.optimizer_precision == "32",
             )
         self.model = self.lightning_module
         self.model_to_device()
@@ -300,10 +305,8 @@ class DualPipeStrategy(PipelineCheckpoints):
         assert self.assembly is not None and self.lightning_module is not None
         self.pre_backward(closure_loss)
         closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
-        self.assembly.replicas.unsum(self.assembly.named_parameters())
-        self.precision_plugin.backward(closure_loss, self.lightning_module, optimizer, *args, **kwargs)
-        if not self._sync_blocked:  # before on_after_backward, as in DDP
-            self.assembly.replicas.sum_gradients(self.assembly.named_parameters())
+        with self.assembly.sums.backward():  # summed before on_after_backward, as in DDP
+            self.precision_plugin.backward(closure_loss, self.lightning_module, optimizer, *args, **kwargs)
         closure_loss = self.precision_plugin.post_backward(closure_loss, self.lightning_module)
         self.post_backward(closure_loss)
         return closure_loss
@@ -311,11 +314,12 @@ class DualPipeStrategy(PipelineCheckpoints):
     @override
     @contextmanager
     def block_backward_sync(self) -> Generator[None, None, None]:
-        self._sync_blocked = True
+        assert self.assembly is not None
+        self.assembly.sums.blocked = True
         try:
             yield
         finally:
-            self._sync_blocked = False
+            self.assembly.sums.blocked = False
 
     @property
     def num_microbatches_used(self) -> int | None:
@@ -363,6 +367,7 @@ class DualPipeStrategy(PipelineCheckpoints):
     def teardown(self) -> None:
         if self.assembly is not None:
             self.assembly.detach()
+        self._release_optimizers()
         assert self.cluster_environment is not None and self.accelerator is not None
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()

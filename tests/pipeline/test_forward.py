@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.interface import Batch
+from lightning_dualpipe.parallel.early_sums import GradientSums
 from lightning_dualpipe.parallel.groups import Groups
 from lightning_dualpipe.parallel.layout import ParallelLayout
+from lightning_dualpipe.parallel.replicas import ReplicaGroups
 from lightning_dualpipe.pipeline.engine import Engine
 from lightning_dualpipe.pipeline.forward import PipelinedForward
 from tests.pipeline.small import (
@@ -30,8 +32,16 @@ EXACT: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 def pipelined(model: Ladder, *, num_microbatches: Any = 4, **options: Any) -> Callable[[Any], Any]:
     """On one rank, in two stages."""
     engine = build_engine(model, "dualpipev", 1, **options)
-    parameters = list(parameters_of(engine).values())
-    return PipelinedForward(engine, parameters, num_ranks=1, num_microbatches=num_microbatches, device=CPU)
+    named = parameters_of(engine)
+    return PipelinedForward(
+        engine, lambda: named, unsummed(named), num_ranks=1, num_microbatches=num_microbatches, device=CPU
+    )
+
+
+def unsummed(named: Mapping[str, nn.Parameter], rank: int = 0) -> GradientSums:
+    """As if nobody else held the parameters."""
+    replicas = ReplicaGroups(dict.fromkeys(named, (rank,)), rank=rank)
+    return GradientSums(replicas, lambda: named, dict.fromkeys(named, (0,)), here=(0,))
 
 
 def assert_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -282,7 +292,8 @@ def on_rank(rank: int, schedule: str, num_pipeline: int, num_data: int, agree: b
     )
     forward: Callable[[Any], Any] = PipelinedForward(
         engine,
-        list(parameters_of(engine).values()),
+        lambda: parameters_of(engine),
+        unsummed(parameters_of(engine), rank),
         num_ranks=num_pipeline,
         num_microbatches="auto",
         device=CPU,

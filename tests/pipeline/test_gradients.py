@@ -73,14 +73,14 @@ def cut(
         order=None if order is None else ORDERS[order],
         device=torch.device("cpu"),
         context=nullcontext,
+        main_gradients=False,
         convert=lambda module: module,
     )
     assembly.attach()
     whole, share = build_batch(samples), samples // layout.data
     mine = slice(layout.data_rank(rank) * share, (layout.data_rank(rank) + 1) * share)
     out = owner.model({name: value[mine] for name, value in whole.items()})
-    out["loss"].backward()
-    assembly.replicas.sum_gradients(assembly.named_parameters())
+    out["loss"].backward()  # summed over all who hold the parameter
     gradients = {name: (assembly.rows.get(name), p.grad) for name, p in assembly.named_parameters().items()}
     counts = [router.tokens_per_expert.tolist() for _, router in owner.model.routers()]
     return out["loss"].item(), gradients, assembly.peak_held, counts

@@ -120,3 +120,36 @@ def assert_equal(ours: Any, theirs: Any) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
     else:
         assert type(ours) is type(theirs) and ours == theirs
+
+
+BF16 = Run({"pipeline_parallel_size": 2}, world=2, steps=STEPS, precision="bf16-true")
+
+
+def _in_bf16(rank: int, run: Run, folder: str) -> list[list[float]]:
+    """Losses from the middle on: uninterrupted, and resumed under the same layout and another."""
+    checkpoint = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=SAVED_AT, save_top_k=-1)
+    saving = replace(run, trainer={"enable_checkpointing": True})
+    trainer, module, data = build(rank, saving, callbacks=[checkpoint])
+    trainer.fit(module, data)
+    uninterrupted = next(callback for callback in trainer.callbacks if isinstance(callback, Recorder)).losses[SAVED_AT:]
+    path = f"{folder}/step={SAVED_AT}.ckpt"
+    other = replace(run, strategy={"schedule": "dualpipev", "pipeline_parallel_size": 2})
+    return [uninterrupted, resume(rank, run, path), resume(rank, other, path)]
+
+
+def test_in_bfloat16_a_resumed_run_goes_on_with_its_float32_weights(corpus: str, tmp_path: Path) -> None:
+    run = replace(BF16, corpus=corpus)
+
+    for uninterrupted, resumed, elsewhere in run_ranks(2, _in_bf16, run, str(tmp_path), timeout=240):
+        assert resumed == uninterrupted, "bit for bit"
+        assert elsewhere == pytest.approx(uninterrupted, abs=0.02)
+
+    path = tmp_path / f"step={SAVED_AT}.ckpt"
+    saved_weights, main_weights = (torch.load(path)[key] for key in ("state_dict", "main_weights"))
+    for name, weight in main_weights.items():
+        assert weight.dtype == torch.float32 and torch.equal(weight.bfloat16(), saved_weights[name])
+    moments = torch.load(path)["optimizer_states"][0]["state"]
+    assert {moment["exp_avg"].dtype for moment in moments.values()} == {torch.float32}
+    assert len(main_weights) == len(moments)
+    alone = resume(0, replace(run, strategy=None, world=1), str(path))  # which has bfloat16 alone
+    assert alone == pytest.approx(uninterrupted, abs=0.1)

@@ -95,6 +95,30 @@ class ManualModel(Model):
         self.seen.append(float(first["loss"]))
 
 
+class TwoOptimizers(Model):
+    """Each step trains matrices with one optimizer and then, with another, the rest; both clip by value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        for optimizer in self.optimizers():  # type: ignore[union-attr]
+            with optimizer.toggle_model():
+                optimizer.zero_grad()
+                loss = self.model(batch)["loss"]
+                self.manual_backward(loss)
+                self.clip_gradients(optimizer, gradient_clip_val=1e-2, gradient_clip_algorithm="value")
+                optimizer.step()
+            self.seen.append(float(loss))
+        self.log("train_loss", loss)
+
+    def configure_optimizers(self) -> Any:
+        matrices = [parameter for parameter in self.parameters() if parameter.ndim > 1]
+        others = [parameter for parameter in self.parameters() if parameter.ndim < 2]
+        return torch.optim.Adam(matrices, lr=1e-2), torch.optim.SGD(others, lr=0.1, momentum=0.9)
+
+
 @dataclass(frozen=True)
 class Outcome:
     seen: list[float]
@@ -180,6 +204,13 @@ def fit_by_hand(rank: int, layout: str | None, _: str) -> Outcome:
     return outcome(trainer, module)
 
 
+def fit_with_two_optimizers(rank: int, layout: str | None, _: str) -> Outcome:
+    trainer, batch_size = trainer_for(rank, layout, max_epochs=2, limit_val_batches=0, use_distributed_sampler=False)
+    module = TwoOptimizers()
+    trainer.fit(module, FixedShares(40, batch_size, trainer))
+    return outcome(trainer, module)
+
+
 def fit_a_stream(rank: int, layout: str | None, _: str) -> Outcome:
     """Batches of unknown number and changing length. One pipeline: an iterable dataset shards itself."""
     trainer, _ = trainer_for(rank, layout, max_epochs=2, limit_val_batches=0)
@@ -202,6 +233,7 @@ CASES = {
     "everything": fit_with_everything,
     "evaluation": evaluate_and_predict,
     "manual": fit_by_hand,
+    "two optimizers": fit_with_two_optimizers,
     "stream": fit_a_stream,
     "shuffled": fit_shuffled,
 }
