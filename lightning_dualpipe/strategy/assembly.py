@@ -37,7 +37,7 @@ from lightning_dualpipe.precision.linear import make_linears_deferrable
 from lightning_dualpipe.precision.main_gradients import keep_main_gradients
 from lightning_dualpipe.schedules import Schedule, build_schedule
 
-__all__ = ["Assembly", "check_experts", "find_pipeline_model"]
+__all__ = ["Assembly", "check_experts", "find_pipeline_model", "program_name"]
 
 
 def find_pipeline_model(owner: nn.Module) -> tuple[nn.Module, PipelineModel]:
@@ -65,6 +65,15 @@ def find_pipeline_model(owner: nn.Module) -> tuple[nn.Module, PipelineModel]:
         f"{who} has {len(found)} models that a pipeline could cut ({', '.join(name for name, _, _ in found)}); "
         "one can be trained at a time: keep one, or wrap them in a single one"
     )
+
+
+def program_name(schedule: str, layout: ParallelLayout) -> str:
+    """The schedule that runs. A pipeline of one rank passes nothing on, and takes the plainest one; or, where tokens
+    travel to experts, a V of two stages, whose pairs hide that.
+    """
+    if layout.pipeline > 1:
+        return schedule
+    return "dualpipev" if layout.expert > 1 and schedule.startswith("dualpipe") else "1f1b"
 
 
 def check_experts(owner: nn.Module, layout: ParallelLayout) -> None:
@@ -153,8 +162,7 @@ class Assembly:
         self._module, self.model = find_pipeline_model(owner)
         self._layout, self._groups = layout, groups
         self._rank, self._pipeline_rank = rank, layout.pipeline_rank(rank)
-        # one rank has nothing to pass on; the plainest schedule then
-        schedule_of = partial(build_schedule, "1f1b" if layout.pipeline == 1 else schedule, layout.pipeline)
+        schedule_of = partial(build_schedule, program_name(schedule, layout), layout.pipeline)
         self._placement = schedule_of(2 * layout.pipeline)
         if _PART not in vars(self._module):
             check_experts(owner, layout)
@@ -277,7 +285,7 @@ class Assembly:
             engine,
             self.named_parameters,
             self.sums,
-            num_ranks=self._layout.pipeline,
+            num_ranks=max(self._layout.pipeline, len(self._stages)),
             num_microbatches=num_microbatches,
             device=device,
             pipeline=groups.pipeline_broadcast,
@@ -322,7 +330,7 @@ class Assembly:
 def _described(schedule: str, layout: ParallelLayout) -> str:
     """What decides which part of a model a rank keeps, in the user's words."""
     sizes = f"pipeline_parallel_size={layout.pipeline}, expert_parallel_size={layout.expert}"
-    return sizes if layout.pipeline == 1 else f"schedule={schedule!r}, {sizes}"
+    return f"schedule={schedule!r}, {sizes}" if layout.pipeline > 1 or layout.expert > 1 else sizes
 
 
 def _initializes_itself(owner: nn.Module) -> InitializesWeights | None:

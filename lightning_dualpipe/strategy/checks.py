@@ -17,7 +17,7 @@ from lightning_dualpipe.interface import as_layers
 from lightning_dualpipe.parallel.layout import ParallelLayout
 from lightning_dualpipe.pipeline.partition import Whole, partition
 from lightning_dualpipe.schedules import SCHEDULES, build_schedule
-from lightning_dualpipe.strategy.assembly import check_experts, find_pipeline_model
+from lightning_dualpipe.strategy.assembly import check_experts, find_pipeline_model, program_name
 
 __all__ = ["check_arguments", "check_model", "check_run"]
 
@@ -96,6 +96,6 @@ def check_model(owner: LightningModule, schedule: str, layout: ParallelLayout) -
             return
         raise
     layers = as_layers(model.layers())
-    num_stages = 1 if layout.pipeline == 1 else build_schedule(schedule, layout.pipeline, 1).num_stages
+    num_stages = build_schedule(program_name(schedule, layout), layout.pipeline, 1).num_stages
     Whole.of(owner, layers, partition(layers, num_stages))
     check_experts(owner, layout)

@@ -70,7 +70,8 @@ class DualPipeStrategy(PipelineCheckpoints):
         schedule: ``dualpipe`` (even number of pipeline ranks, every stage twice), ``dualpipev``, ``zb1p``,
             ``1f1b`` or ``gpipe``.
         num_microbatches: pieces of a batch; ``"auto"`` takes the smallest divisor of the batch size that
-            is at least twice the pipeline size. More pieces mean a smaller idle share.
+            is at least twice the pipeline size (four where only experts are spread). More pieces mean a smaller
+            idle share.
         optimizer_precision: of gradients, and of the weights that optimizers update, where parameters are in half
             precision: ``"32"`` keeps both in float32, and parameters are rounded copies; ``"parameters"`` keeps the
             parameters' own.
