@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lightning_dualpipe.errors import ConfigurationError
-from lightning_dualpipe.interface import Batch, means
+from lightning_dualpipe.interface import Batch, means, only_the_loss_carries_gradients
+from lightning_dualpipe.parallel.delivery import Delivery
 from lightning_dualpipe.pipeline.engine import Engine
 from lightning_dualpipe.pipeline.microbatches import check_batch, choose_num_microbatches, num_samples, split
 
@@ -36,6 +37,7 @@ class PipelinedForward:
         pipeline: ranks that share a batch. None: this rank alone.
         data: ranks with the same stages and other batches, for host-side agreement. None: alone.
         world: all ranks. None: this rank alone.
+        delivery: told of each backward that hands gradients over. None: there are no other holders of them.
     """
 
     engine: Engine
@@ -46,6 +48,7 @@ class PipelinedForward:
     pipeline: dist.ProcessGroup | None = None
     data: dist.ProcessGroup | None = None
     world: dist.ProcessGroup | None = None
+    delivery: Delivery | None = None
     _largest: int = 0
     _names: dict[bool, tuple[str, ...]] = field(default_factory=dict)
 
@@ -73,8 +76,8 @@ class PipelinedForward:
         # a leaf of its own, so that the loss is differentiable even on a rank without parameters
         anchor = torch.zeros((), device=self.device, requires_grad=True)
         scale = sums["tokens"].clamp(min=1).reciprocal()
-        report["loss"] = _Deliver.apply(report["loss"], scale, [gradients], anchor, *self.parameters)
-        return report
+        report["loss"] = _Deliver.apply(report["loss"], scale, [gradients], self.delivery, anchor, *self.parameters)
+        return only_the_loss_carries_gradients(report)
 
     def _count(self, batch: Batch, *, training: bool) -> int:
         """The number of microbatches, equal on all ranks that exchange tokens or activations."""
@@ -165,8 +168,16 @@ class _Deliver(torch.autograd.Function):
     """A loss whose gradients have been computed already: ``backward`` hands them over, scaled."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, scale: Tensor, box: list[Any], anchor: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.box, ctx.scale = box, scale
+    def forward(
+        ctx: Any,
+        loss: Tensor,
+        scale: Tensor,
+        box: list[Any],
+        delivery: Delivery | None,
+        anchor: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        ctx.box, ctx.scale, ctx.delivery = box, scale, delivery
         return loss.clone()
 
     @staticmethod
@@ -177,6 +188,8 @@ class _Deliver(torch.autograd.Function):
                 "backward was called twice on the loss of one pipeline step: its gradients were handed over the first "
                 "time. Add up the losses first, or call the model again."
             )
+        if ctx.delivery is not None:
+            ctx.delivery.begins()
         factor = grad * ctx.scale
         gradients = (None if gradient is None else gradient.mul_(factor) for gradient in ctx.box.pop())
-        return None, None, None, None, *gradients
+        return None, None, None, None, None, *gradients

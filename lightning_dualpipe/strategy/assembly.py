@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lightning_dualpipe.checkpoint.store import CheckpointStore
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.interface import InitializesWeights, Layer, PipelineModel, WeightGradients, as_layers
+from lightning_dualpipe.parallel.delivery import Delivery
 from lightning_dualpipe.parallel.dispatch import AllToAllDispatcher, SpreadsExperts
 from lightning_dualpipe.parallel.groups import Groups
 from lightning_dualpipe.parallel.layout import ParallelLayout
@@ -171,6 +172,7 @@ class Assembly:
             parameters=self.named_parameters,
             group=groups.world_host,
         )
+        self.delivery = Delivery(self.replicas, self.named_parameters)
         self._stages = self._build_stages(context)
         self._forward = self._pipelined(device, num_microbatches, schedule_of)
         self._undo: list[Callable[[], None]] = []
@@ -258,6 +260,7 @@ class Assembly:
             pipeline=groups.pipeline_broadcast,
             data=groups.data_host if self._layout.expert > 1 else None,
             world=groups.world,
+            delivery=self.delivery,
         )
 
     def _dtype(self) -> torch.dtype:

@@ -3,7 +3,7 @@
     setup           find the model that follows ``interface.PipelineModel``, keep this rank's stages,
                     give them memory, replace the model's ``forward`` by the pipeline
     training_step   the user's, unmodified, on every rank: calling the model runs the whole schedule
-    backward        hands the gradients over, then sums them over every rank that holds the parameter
+    backward        hands the gradients over, summed over every rank that holds the parameter
     clipping        by the norm of the whole model, each parameter counted once
     checkpoints     one file, as ``strategy="auto"`` would have written it
 
@@ -109,7 +109,6 @@ class DualPipeStrategy(PipelineCheckpoints):
         self._backend = process_group_backend
         self._timeout = timeout or default_pg_timeout
         self._groups: Groups | None = None
-        self._sync_blocked = False
 
     # ---- who and where ------------------------------------------------------------------------
 
@@ -293,26 +292,11 @@ class DualPipeStrategy(PipelineCheckpoints):
         return self._module.predict_step(*args, **kwargs)
 
     @override
-    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        assert self.assembly is not None and self.lightning_module is not None
-        self.pre_backward(closure_loss)
-        closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
-        self.assembly.replicas.unsum(self.assembly.named_parameters())
-        self.precision_plugin.backward(closure_loss, self.lightning_module, optimizer, *args, **kwargs)
-        if not self._sync_blocked:  # before on_after_backward, as in DDP
-            self.assembly.replicas.sum_gradients(self.assembly.named_parameters())
-        closure_loss = self.precision_plugin.post_backward(closure_loss, self.lightning_module)
-        self.post_backward(closure_loss)
-        return closure_loss
-
-    @override
     @contextmanager
     def block_backward_sync(self) -> Generator[None, None, None]:
-        self._sync_blocked = True
-        try:
+        assert self.assembly is not None
+        with self.assembly.delivery.blocked():
             yield
-        finally:
-            self._sync_blocked = False
 
     def gradient_norm(self, norm_type: float = 2.0) -> Tensor:
         """Norm of the gradients of the whole model, each parameter counted once; the same on every rank."""

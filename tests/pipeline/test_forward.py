@@ -134,6 +134,17 @@ def test_hooks_of_a_parameter_run_once_when_its_gradient_is_delivered(name: str)
     assert_equal(gradients(model), expected)
 
 
+@pytest.mark.parametrize("run", [Ladder.forward, lambda model, batch: pipelined(model)(batch)], ids=["uncut", "cut"])
+def test_a_backward_through_anything_but_the_loss_is_refused(run: Callable[[Ladder, Batch], dict[str, Tensor]]) -> None:
+    out = run(Ladder(), build_batch(8))
+    out["penalty"] *= 2
+    with pytest.raises(ConfigurationError, match=r"reaches 'penalty', .* only 'loss' carries gradients; add the term"):
+        (out["loss"] + out["penalty"]).backward()
+
+    with torch.no_grad():
+        assert not run(Ladder(), build_batch(8))["penalty"].requires_grad
+
+
 def test_a_second_backward_is_refused_with_what_to_do_instead() -> None:
     loss = pipelined(Ladder())(build_batch(8))["loss"]
     loss.backward(retain_graph=True)
