@@ -52,6 +52,7 @@ from lightning_dualpipe.strategy.interrupts import exit_as_terminated, stop_betw
 from lightning_dualpipe.strategy.launcher import PipelineLauncher, join_run
 from lightning_dualpipe.strategy.model_summary import summarize_the_whole_model
 from lightning_dualpipe.strategy.reader import PipelineReader
+from lightning_dualpipe.strategy.requeue import requeue_between_batches
 
 __all__ = ["DualPipeStrategy"]
 
@@ -235,6 +236,7 @@ class DualPipeStrategy(PipelineCheckpoints):
         assert self.accelerator is not None and self.lightning_module is not None
         self.accelerator.setup(trainer)
         stop_between_batches(trainer)
+        requeue_between_batches(trainer, self.groups.world_host)
         if self.assembly is None or self.assembly.owner is not self.lightning_module:
             self.assembly = Assembly(
                 self.lightning_module,
