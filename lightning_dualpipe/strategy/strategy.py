@@ -218,7 +218,7 @@ class DualPipeStrategy(PipelineCheckpoints):
         # as in one process: what is random from here on follows from what rank 0 has drawn so far
         _set_rng_states(self.broadcast(_collect_rng_states(include_cuda=False)))
         if self._groups is None:
-            self._groups = Groups.create(self.layout, self.global_rank, timeout=self._timeout)
+            self._groups = Groups.create(self.layout, self.global_rank, timeout=self._timeout, device=self.root_device)
 
     # ---- model --------------------------------------------------------------------------------
 
