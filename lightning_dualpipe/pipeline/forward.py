@@ -83,7 +83,8 @@ class PipelinedForward:
         """The number of microbatches, equal on all ranks that exchange tokens or activations."""
         samples = num_samples(batch)
         count = choose_num_microbatches(samples, self.num_microbatches, num_ranks=self.num_ranks)
-        if training and samples % count and samples >= self._largest:
+        # a smaller one is the last of an epoch, and so may be the first one seen, where a run is resumed
+        if training and samples % count and samples >= self._largest > 0:
             raise ConfigurationError(
                 f"a batch of {samples} samples does not split into num_microbatches={count} equal parts; "
                 f"use a batch size that is a multiple of {count}, or num_microbatches='auto'"

@@ -12,6 +12,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ class Stage:
         if not self.is_first:
             inputs = tuple(_leaf(value) for value in inputs)
         with self.context():
-            outputs = self._run(inputs, batch, with_loss=True)
+            outputs = self._run(tuple(_enter(value) for value in inputs), batch, with_loss=True)
             sums = dict(self.model.loss(outputs, batch)) if self.is_last else None
         if sums is not None:
             self._graphs[microbatch] = (inputs, (sums["loss"],))
@@ -109,6 +110,21 @@ class Stage:
             if with_loss or not layer.for_loss:
                 values = layer(values, batch)
         return values
+
+
+def _enter(value: Tensor) -> Tensor:
+    """What the first layer is called with: the same values, but, unlike a leaf, it may change them in place."""
+    return _Entry.apply(value) if value.is_leaf and value.requires_grad else value
+
+
+class _Entry(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor) -> Tensor:
+        return leaf.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
 
 
 def _leaf(value: Tensor) -> Tensor:

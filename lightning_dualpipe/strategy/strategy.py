@@ -46,7 +46,8 @@ from lightning_dualpipe.parallel.groups import Groups
 from lightning_dualpipe.parallel.layout import ParallelLayout
 from lightning_dualpipe.strategy.assembly import Assembly
 from lightning_dualpipe.strategy.checkpoints import PipelineCheckpoints
-from lightning_dualpipe.strategy.checks import check_arguments, check_model, check_run
+from lightning_dualpipe.strategy.checks import check_arguments, check_callbacks, check_model, check_run
+from lightning_dualpipe.strategy.configured import clear_gradients_early, optimizers_may_be_empty
 from lightning_dualpipe.strategy.failures import report_failure
 from lightning_dualpipe.strategy.interrupts import exit_as_terminated, stop_between_batches
 from lightning_dualpipe.strategy.launcher import PipelineLauncher, join_run
@@ -195,8 +196,9 @@ class DualPipeStrategy(PipelineCheckpoints):
             started=dist.get_world_size() if _distributed_is_initialized() else None,
         )
 
-    def check_model(self) -> None:
+    def check_model(self, trainer: Trainer) -> None:
         check_model(self._module, self.schedule, self.layout)
+        check_callbacks(trainer, self.layout)
 
     def set_world_ranks(self) -> None:
         if self.cluster_environment is not None:
@@ -237,6 +239,7 @@ class DualPipeStrategy(PipelineCheckpoints):
         self.accelerator.setup(trainer)
         stop_between_batches(trainer)
         requeue_between_batches(trainer, self.groups.world_host)
+        check_callbacks(trainer, self.layout)
         if self.assembly is None or self.assembly.owner is not self.lightning_module:
             self.assembly = Assembly(
                 self.lightning_module,
@@ -255,7 +258,8 @@ class DualPipeStrategy(PipelineCheckpoints):
         self.barrier("assembled")
         if trainer.state.fn == TrainerFn.FITTING:
             self._reset_optimizers_and_schedulers()
-            self.setup_optimizers(trainer)
+            with optimizers_may_be_empty():
+                self.setup_optimizers(trainer)
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
@@ -273,13 +277,8 @@ class DualPipeStrategy(PipelineCheckpoints):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        module = self._module
-        if module.automatic_optimization:
-            first = module.trainer.fit_loop.epoch_loop.batch_idx % module.trainer.accumulate_grad_batches == 0
-            if first:  # Lightning clears them only after this call: until then they would take memory twice
-                for optimizer in self._optimizers:
-                    optimizer.zero_grad(set_to_none=True)
-        return module.training_step(*args, **kwargs)
+        clear_gradients_early(self._module.trainer, self._optimizers)
+        return self._module.training_step(*args, **kwargs)
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
