@@ -51,8 +51,9 @@ from lightning_dualpipe.strategy.configured import clear_gradients_early, optimi
 from lightning_dualpipe.strategy.failures import report_failure
 from lightning_dualpipe.strategy.interrupts import exit_as_terminated, stop_between_batches
 from lightning_dualpipe.strategy.launcher import PipelineLauncher, join_run
+from lightning_dualpipe.strategy.metric_groups import collect_over
 from lightning_dualpipe.strategy.model_summary import summarize_the_whole_model
-from lightning_dualpipe.strategy.reader import PipelineReader
+from lightning_dualpipe.strategy.reader import PipelineReader, warn_of_stream
 from lightning_dualpipe.strategy.requeue import requeue_between_batches
 
 __all__ = ["DualPipeStrategy"]
@@ -254,6 +255,7 @@ class DualPipeStrategy(PipelineCheckpoints):
             )
         self.model = self.lightning_module
         self.model_to_device()
+        collect_over(self.lightning_module, self.groups.data)
         self.assembly.attach()
         self.barrier("assembled")
         if trainer.state.fn == TrainerFn.FITTING:
@@ -326,7 +328,10 @@ class DualPipeStrategy(PipelineCheckpoints):
                 pl_worker_init_function, rank=self._data_rank
             )
         group = self.groups.pipeline_host
-        return dataloader if group is None else PipelineReader.of(dataloader, group)
+        if group is None:
+            return dataloader
+        warn_of_stream(dataloader)
+        return PipelineReader.of(dataloader, group)
 
     # ---- the end ------------------------------------------------------------------------------
 
