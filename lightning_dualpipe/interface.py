@@ -14,7 +14,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from lightning_dualpipe.errors import ConfigurationError
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +37,7 @@ __all__ = [
     "as_layers",
     "is_recomputing",
     "means",
+    "only_the_loss_carries_gradients",
     "recomputing",
     "run_uncut",
 ]
@@ -280,10 +284,35 @@ def run_uncut(
         if with_loss or not layer.for_loss:
             for phase in layer.phases:
                 values = run(phase, values, batch)
-    return means(model.loss(values, batch)) if with_loss else values[0]
+    return only_the_loss_carries_gradients(means(model.loss(values, batch))) if with_loss else values[0]
 
 
 def means(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Sums over tokens divided by their number, which stays; 0 / 0 is 0, so that an empty batch has loss 0."""
     count = sums["tokens"].clamp(min=1)
     return {name: value if name == "tokens" else value / count for name, value in sums.items()}
+
+
+def only_the_loss_carries_gradients(report: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Means of which every other one refuses a backward, so that a term added to the loss is not lost in silence.
+
+    A pipeline has computed the gradients of ``"loss"`` by the time it returns, and no others.
+    """
+    if not report["loss"].requires_grad:
+        return report
+    return {name: mean if name in ("loss", "tokens") else _refusing(name, mean) for name, mean in report.items()}
+
+
+def _refusing(name: str, mean: Tensor) -> Tensor:
+    if not mean.is_floating_point():
+        return mean
+    leaf = mean.detach().requires_grad_()
+    leaf.register_hook(partial(_refuse, name))
+    return leaf.clone()  # which, unlike a leaf, may be changed in place
+
+
+def _refuse(name: str, _: Tensor) -> None:
+    raise ConfigurationError(
+        f"a backward reaches {name!r}, which the model reports, but only 'loss' carries gradients; add the term to "
+        f"'loss' in the model's loss(), with its weight, and report {name!r} beside it"
+    )

@@ -22,7 +22,6 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -59,6 +58,7 @@ class GradientSums:
         self._pending = False  # ``.grad`` has, or had, what is not summed yet
         self._late: weakref.WeakSet[Step] = weakref.WeakSet()  # whose gradients have not been handed over
         self._hands_over_sums = True
+        self._backward = -1
 
     def begin(self) -> Step:
         """Before a schedule that computes gradients."""
@@ -68,27 +68,9 @@ class GradientSums:
             return step
         return Step(self, EarlySums(self._replicas, self._named(), self._stages_of, self._here))
 
-    @contextmanager
-    def backward(self) -> Iterator[None]:
-        """Around the backward that hands gradients over. After it they are sums, unless ``blocked``."""
-        named = self._named()
-        self._hands_over_sums = not (self.blocked or self._pending or self._late)
-        if not self._hands_over_sums:
-            self._replicas.unsum(named)
-        try:
-            yield
-            if self._hands_over_sums:
-                self._replicas.note_summed(named)
-            elif self.blocked:
-                self._pending = True
-            else:
-                self._replicas.sum_gradients(named)
-                self._pending = False
-        finally:
-            self._hands_over_sums = True
-
     def hand_over(self, step: Step, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What backward adds to ``.grad``, of the gradients of a step."""
+        """Within a backward: what it adds to ``.grad``, of the gradients of a step. At its end they are sums."""
+        self._join_backward()
         self._late.discard(step)
         if step.sums is None:
             return gradients
@@ -98,6 +80,28 @@ class GradientSums:
             for name, gradient in gradients.items():
                 gradient /= self._replicas.num_holders(name)
         return gradients
+
+    def _join_backward(self) -> None:
+        """Whoever calls it, Lightning, ``manual_backward`` or ``loss.backward()``; it may hand over several steps."""
+        backward: int = torch._C._current_graph_task_id()
+        if backward == self._backward:
+            return
+        self._backward = backward
+        self._hands_over_sums = not (self.blocked or self._pending or self._late)
+        if not self._hands_over_sums:
+            self._replicas.unsum(self._named())
+        # what DDP and FSDP use: there is no public way to learn of the end of a backward
+        torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+
+    def _end_backward(self) -> None:
+        """Before anybody can look at the gradients. They stay this rank's part while ``blocked``."""
+        if self._hands_over_sums:
+            self._replicas.note_summed(self._named())
+        elif self.blocked:
+            self._pending = True
+        else:
+            self._replicas.sum_gradients(self._named())
+            self._pending = False
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 from lightning_dualpipe.parallel.layout import ParallelLayout
@@ -45,8 +46,19 @@ class Groups:
     expert: Group  # tokens on their way to experts and back
 
     @classmethod
-    def create(cls, layout: ParallelLayout, rank: int, *, timeout: timedelta | None = None) -> Groups:
-        """The groups of ``rank``. All ranks of the world call this together; a world of one needs no set-up."""
+    def create(
+        cls,
+        layout: ParallelLayout,
+        rank: int,
+        *,
+        timeout: timedelta | None = None,
+        device: torch.device | None = None,
+    ) -> Groups:
+        """The groups of ``rank``. All ranks of the world call this together; a world of one needs no set-up.
+
+        Args:
+            device: what the run computes on.
+        """
 
         def new(members: Iterable[tuple[int, ...]], what: str, *, backend: str | None = None) -> Group:
             created = create_groups(sorted(set(members)), what=what, timeout=timeout, backend=backend)
@@ -60,13 +72,17 @@ class Groups:
         pipelines, datas = [layout.pipeline_ranks(r) for r in ranks], [layout.data_ranks(r) for r in ranks]
         world = dist.group.WORLD if layout.world > 1 else None
         broadcast, data = new(pipelines, "pipeline_broadcast"), new(datas, "data")
+        pipeline = new(pipelines, "pipeline")
+        if pipeline is not None and dist.get_backend(pipeline) != "gloo":
+            # with NCCL, the first operation of a group must not be a batch of sends in which some ranks have no part
+            dist.all_reduce(torch.zeros((), device=device), group=pipeline)
         return cls(
             rank=rank,
             pipeline_rank=layout.pipeline_rank(rank),
             timeout=timeout,
             world=world,
             world_host=host(world, [tuple(ranks)], "world"),
-            pipeline=new(pipelines, "pipeline"),
+            pipeline=pipeline,
             pipeline_broadcast=broadcast,
             pipeline_host=host(broadcast, pipelines, "pipeline"),
             data=data,

@@ -91,20 +91,20 @@ class ReplicaGroups:
 
     def note_summed(self, parameters: Mapping[str, Tensor]) -> None:
         """The gradients are sums over the holders."""
-        self._summed = {name: weakref.ref(p.grad) for name, p in parameters.items() if p.grad is not None}
+        self._summed |= {name: weakref.ref(p.grad) for name, p in parameters.items() if p.grad is not None}
 
     @torch.no_grad()
     def unsum(self, parameters: Mapping[str, Tensor]) -> None:
         """Call before a backward: divides by the number of holders what it would add to a summed gradient.
 
         S on each of n holders is what S / n on each would sum to, so the next ``sum_gradients`` gives
-        S plus the sum of what was added, and not n S. Gradients that have come anew are left alone.
+        S plus the sum of what was added, and not n S. Gradients that have come anew are left alone, and so
+        are those of parameters that are frozen for now (``toggle_optimizer``): nothing is added to them.
         """
-        for name, summed in self._summed.items():
-            gradient = parameters[name].grad if name in parameters else None
-            if gradient is not None and summed() is gradient:
+        for name in [name for name in self._summed if name in parameters and parameters[name].requires_grad]:
+            summed, gradient = self._summed.pop(name)(), parameters[name].grad
+            if gradient is not None and summed is gradient:
                 gradient /= self.num_holders(name)
-        self._summed = {}
 
     @torch.no_grad()
     def sum_tensors(self, tensors: Mapping[str, Tensor]) -> None:

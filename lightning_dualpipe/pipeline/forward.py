@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lightning_dualpipe.errors import ConfigurationError
-from lightning_dualpipe.interface import Batch, means
+from lightning_dualpipe.interface import Batch, means, only_the_loss_carries_gradients
 from lightning_dualpipe.parallel.early_sums import GradientSums, Step
 from lightning_dualpipe.pipeline.engine import Engine
 from lightning_dualpipe.pipeline.microbatches import check_batch, choose_num_microbatches, num_samples, split
@@ -85,13 +85,14 @@ class PipelinedForward:
         anchor = torch.zeros((), device=self.device, requires_grad=True)
         scale = sums["tokens"].clamp(min=1).reciprocal()
         report["loss"] = _Deliver.apply(report["loss"], scale, step, list(named), anchor, *named.values())
-        return report
+        return only_the_loss_carries_gradients(report)
 
     def _count(self, batch: Batch, *, training: bool) -> int:
         """The number of microbatches, equal on all ranks that exchange tokens or activations."""
         samples = num_samples(batch)
         count = choose_num_microbatches(samples, self.num_microbatches, num_ranks=self.num_ranks)
-        if training and samples % count and samples >= self._largest:
+        # a smaller one is the last of an epoch, and so may be the first one seen, where a run is resumed
+        if training and samples % count and samples >= self._largest > 0:
             raise ConfigurationError(
                 f"a batch of {samples} samples does not split into num_microbatches={count} equal parts; "
                 f"use a batch size that is a multiple of {count}, or num_microbatches='auto'"

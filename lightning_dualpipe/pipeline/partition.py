@@ -14,11 +14,12 @@ from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.interface import Layer, TensorSpec
 
-__all__ = ["Elsewhere", "Whole", "keep_only", "materialize", "partition"]
+__all__ = ["Elsewhere", "Whole", "is_extra_state", "keep_only", "materialize", "partition"]
 
 
 def partition(layers: Sequence[Layer], num_stages: int) -> tuple[range, ...]:
@@ -85,7 +86,7 @@ class Elsewhere(nn.Module):
 class Whole:
     """What is known of the whole model before it is cut: enough to put it together again.
 
-    ``tensors``: every name of the state dict, in order, with shape and dtype.
+    ``tensors``: every name of the state dict, in order, with shape and dtype; extra states of modules are no part.
     ``same_as``: a name -> the first name of the same tensor (tied weights have several).
     ``stages_of``: the first name of a tensor -> the stages that use it.
     """
@@ -105,7 +106,8 @@ class Whole:
             for module in (module for index in indices for module in layers[index].modules):
                 for tensor in (*module.parameters(), *module.buffers()):
                     users.setdefault(id(tensor), set()).add(stage)
-        state = model.state_dict(keep_vars=True)
+        everything = model.state_dict(keep_vars=True).items()
+        state = {name: value for name, value in everything if isinstance(value, Tensor) and not is_extra_state(name)}
         orphans = [name for name, tensor in state.items() if tensor.requires_grad and id(tensor) not in users]
         if orphans:
             raise ConfigurationError(
@@ -120,6 +122,11 @@ class Whole:
             same_as=same_as,
             stages_of={same_as[name]: tuple(sorted(users.get(id(t), everywhere))) for name, t in state.items()},
         )
+
+
+def is_extra_state(name: str) -> bool:
+    """Whether this entry of a state dict is what a module's ``get_extra_state`` says of itself."""
+    return name.rpartition(".")[2] == _EXTRA_STATE_KEY_SUFFIX
 
 
 def keep_only(model: nn.Module, kept: Iterable[Layer], layers: Iterable[Layer]) -> None:

@@ -171,14 +171,14 @@ class Assembly:
             owner, self._module, self.model, self._placement, rank=self._pipeline_rank, made_for=made_for
         )
         self._spread_experts()
-        self._fill(device)
+        filled = self._fill(device)
         convert(owner)
         owner.to(device)
         self.rows = self._rows()
         holders = {first: self._holders(first) for first in self._local_tensors()}
         self.replicas = ReplicaGroups(holders, rank=rank, timeout=groups.timeout)
-        if not _initializes_itself(owner):
-            self.replicas.broadcast(self._local_tensors())
+        # what was not filled by name is what this process's random state, a file or the user has made of it
+        self.replicas.broadcast({name: t for name, t in self._local_tensors().items() if name not in filled})
         self.store = CheckpointStore(
             whole=self.part.whole.tensors,
             same_as=self.part.whole.same_as,
@@ -235,9 +235,11 @@ class Assembly:
             assert self._groups.expert is not None
             module.use_dispatcher(AllToAllDispatcher(module.num_experts, self._groups.expert))
 
-    def _fill(self, device: torch.device) -> None:
+    def _fill(self, device: torch.device) -> set[str]:
+        """Names of the tensors that had no memory, and whose values follow from their names now."""
+        without_memory = {name for name, tensor in self._local_tensors().items() if tensor.is_meta}
         if not materialize(self.owner, device):
-            return
+            return set()
         source = _initializes_itself(self.owner)
         if source is None:
             raise ConfigurationError(
@@ -245,6 +247,7 @@ class Assembly:
                 "add one that depends on parameter names only, or build the model on a real device"
             )
         source.initialize_weights()
+        return without_memory
 
     def _build_stages(
         self, context: Callable[[], AbstractContextManager[object]], *, overlap: bool

@@ -3,13 +3,16 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch.distributed as dist
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_dualpipe.pipeline.partition import is_extra_state
 from lightning_dualpipe.strategy.optimizers import PipelineOptimizers
 
 __all__ = ["PipelineCheckpoints"]
@@ -44,9 +47,11 @@ class PipelineCheckpoints(PipelineOptimizers):
             )
             return
         assert self.assembly is not None
+        extra = self._extra_states(checkpoint["state_dict"])
         for key in ("state_dict", _CURRENT):
             if key in checkpoint:
                 checkpoint[key] = self.assembly.store.whole_state_dict(checkpoint[key])
+        checkpoint["state_dict"] |= extra
         if "optimizer_states" in checkpoint:
             states = checkpoint["optimizer_states"]
             checkpoint["optimizer_states"] = [self.assembly.store.whole_optimizer_state(state) for state in states]
@@ -70,8 +75,22 @@ class PipelineCheckpoints(PipelineOptimizers):
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
-        local = self.local_tensors(checkpoint["state_dict"], strict=strict)
-        self.lightning_module.load_state_dict(local, strict=strict)
+        names = self.lightning_module.state_dict()
+        saved: Mapping[str, Any] = checkpoint["state_dict"]
+        extra = {name: value for name, value in saved.items() if is_extra_state(name) and name in names}
+        tensors = {name: value for name, value in saved.items() if not is_extra_state(name)}
+        self.lightning_module.load_state_dict(self.local_tensors(tensors, strict=strict) | extra, strict=strict)
+
+    def _extra_states(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """On rank 0 what modules of any rank say of themselves (``get_extra_state``). A collective."""
+        mine = {name: value for name, value in state.items() if is_extra_state(name)}
+        mine = apply_to_collection(mine, Tensor, lambda tensor: tensor.detach().cpu())
+        if self.groups.world_host is None:
+            return mine
+        found: list[dict[str, Any]] = [{}] * self.world_size
+        dist.gather_object(mine, found if self.global_rank == 0 else None, group=self.groups.world_host)
+        # where several ranks hold a module, the lowest speaks for it, as it does for its tensors
+        return {name: value for part in reversed(found) for name, value in part.items()}
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

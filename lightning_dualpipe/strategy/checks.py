@@ -3,13 +3,15 @@
 check_arguments   when the strategy is made
 check_run         when the Trainer is made
 check_model       when the Trainer is given a model, as far as that is built
+check_callbacks   likewise
 """
 
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_dualpipe.errors import ConfigurationError
@@ -19,7 +21,7 @@ from lightning_dualpipe.pipeline.partition import Whole, partition
 from lightning_dualpipe.schedules import SCHEDULES, build_schedule
 from lightning_dualpipe.strategy.assembly import check_experts, find_pipeline_model, program_name
 
-__all__ = ["check_arguments", "check_model", "check_run"]
+__all__ = ["check_arguments", "check_callbacks", "check_model", "check_run"]
 
 
 def check_arguments(
@@ -99,3 +101,18 @@ def check_model(owner: LightningModule, schedule: str, layout: ParallelLayout) -
     num_stages = build_schedule(program_name(schedule, layout), layout.pipeline, 1).num_stages
     Whole.of(owner, layers, partition(layers, num_stages))
     check_experts(owner, layout)
+
+
+def check_callbacks(trainer: Trainer, layout: ParallelLayout) -> None:
+    """Refuse those that copy the module in their ``setup``, which runs before the strategy's."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    copying = [type(each).__name__ for each in callbacks if type(each).setup in _COPIES_THE_MODULE]
+    if copying and (layout.pipeline > 1 or layout.expert > 1):
+        raise ConfigurationError(
+            f"{copying[0]} copies the model before it is cut for pipeline_parallel_size={layout.pipeline} and "
+            f"expert_parallel_size={layout.expert}, and so averages other tensors than are trained; remove the "
+            "callback, or average checkpoints of the run"
+        )
+
+
+_COPIES_THE_MODULE = (StochasticWeightAveraging.setup, WeightAveraging.setup)

@@ -1,6 +1,6 @@
 """What ranks tell each other outside the pipeline: metrics, decisions, barriers.
 
-Within a pipeline all ranks have the same losses and metrics, so reductions go over the data ranks.
+Within a pipeline all ranks have the same losses and metrics, so reductions and gathers go over the data ranks.
 After an interrupt other ranks may never come: every collective becomes a no-op, and nothing hangs.
 """
 
@@ -84,4 +84,7 @@ class PipelineCollectives(ParallelStrategy, ABC):
 
     @override
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
-        return tensor if self._alone else super().all_gather(tensor, group=group, sync_grads=sync_grads)
+        """Over the data ranks unless a group is given. One data rank has all there is, as one process has."""
+        if group is None or group is dist.group.WORLD:  # Lightning passes WORLD where the user passes nothing
+            group = self.groups.data
+        return tensor if self._alone or group is None else super().all_gather(tensor, group, sync_grads)

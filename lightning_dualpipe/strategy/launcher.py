@@ -59,7 +59,7 @@ class PipelineLauncher(_SubprocessScriptLauncher):
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if not self.cluster_environment.creates_processes_externally:
-            trainer.strategy.check_model()  # now, so that it is said once and not by every rank
+            trainer.strategy.check_model(trainer)  # now, so that it is said once and not by every rank
             run = LocalRun(os.getpid(), Path(tempfile.mkdtemp(prefix="lightning-dualpipe-")))
             run.announce()
             try:

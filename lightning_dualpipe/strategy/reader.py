@@ -12,10 +12,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
-__all__ = ["PipelineReader"]
+__all__ = ["PipelineReader", "warn_of_stream"]
 
 
 @dataclass(frozen=True)
@@ -49,31 +52,48 @@ class PipelineReader:
 
     @classmethod
     def of(cls, loader: Any, group: dist.ProcessGroup) -> "PipelineReader":
+        if isinstance(loader, PipelineReader):  # a CombinedLoader keeps what an earlier Trainer has put into it
+            loader = loader._loader
         stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
         return (_StatefulPipelineReader if stateful else cls)(loader, group)
 
     def _read(self) -> Iterator[Any]:
-        for batch in self._loader:
+        for index, batch in enumerate(self._loader):
             tensors: list[Tensor] = []
 
             def take_out(tensor: Tensor, tensors: list[Tensor] = tensors) -> _Slot:
-                tensors.append(tensor.detach().cpu().contiguous())
+                tensors.append(tensor.detach().cpu().resolve_conj().resolve_neg().contiguous())
                 return _Slot(tuple(tensor.shape), tensor.dtype)
 
             skeleton = apply_to_collection(batch, Tensor, take_out)
-            self._broadcast_object((True, skeleton))
+            seen = self._seen_batch_indices
+            self._broadcast_object((True, skeleton, None if seen is None else seen[index]))
             for tensor in tensors:
                 self._broadcast_tensor(tensor)
             yield batch
-        self._broadcast_object((False, None))
+        self._broadcast_object((False, None, None))
 
     def _receive(self) -> Iterator[Any]:
+        if (seen := self._seen_batch_indices) is not None:
+            seen.clear()
         while True:
-            more, skeleton = self._broadcast_object(None)
+            more, skeleton, indices = self._broadcast_object(None)
             if not more:
                 return
+            if seen is not None:
+                seen.append(indices)
             # slots are visited in the order in which they were taken out
             yield apply_to_collection(skeleton, _Slot, lambda slot: self._broadcast_tensor(_empty(slot)))
+
+    @property
+    def _seen_batch_indices(self) -> list[list[int]] | None:
+        """Where Lightning looks for the samples of a batch that was predicted; with workers, it runs ahead."""
+        sampler = getattr(self._loader, "batch_sampler", None)
+        if not isinstance(sampler, _IndexBatchSamplerWrapper):
+            return None
+        # the wrapper makes the list only when it is iterated
+        seen: list[list[int]] = vars(sampler).setdefault("seen_batch_indices", [])
+        return seen
 
     def _broadcast_object(self, value: Any) -> Any:
         box = [value]
@@ -81,8 +101,8 @@ class PipelineReader:
         return box[0]
 
     def _broadcast_tensor(self, tensor: Tensor) -> Tensor:
-        if tensor.numel():
-            dist.broadcast(tensor, group=self._group, group_src=0)
+        if tensor.numel():  # as bytes: gloo does not know every dtype
+            dist.broadcast(tensor.flatten().view(torch.uint8), group=self._group, group_src=0)
         return tensor
 
 
@@ -95,6 +115,16 @@ class _StatefulPipelineReader(PipelineReader):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._loader.load_state_dict(state)
+
+
+def warn_of_stream(loader: Any) -> None:
+    """An iterable dataset divides itself among readers, if at all, and by what we cannot see."""
+    if isinstance(getattr(loader, "dataset", None), IterableDataset):
+        rank_zero_warn(
+            f"{type(loader.dataset).__name__} is an IterableDataset, which only the first rank of each pipeline reads. "
+            "If it divides its data by the rank and number of processes, most of it is never read: divide by "
+            "trainer.strategy.distributed_sampler_kwargs['rank'] and ['num_replicas'] instead"
+        )
 
 
 def _empty(slot: _Slot) -> Tensor:

@@ -48,12 +48,15 @@ from lightning_dualpipe.parallel.layout import ParallelLayout
 from lightning_dualpipe.pipeline.overlap import launch_order
 from lightning_dualpipe.strategy.assembly import Assembly
 from lightning_dualpipe.strategy.checkpoints import PipelineCheckpoints
-from lightning_dualpipe.strategy.checks import check_arguments, check_model, check_run
+from lightning_dualpipe.strategy.checks import check_arguments, check_callbacks, check_model, check_run
+from lightning_dualpipe.strategy.configured import clear_gradients_early, optimizers_may_be_empty
 from lightning_dualpipe.strategy.failures import report_failure
 from lightning_dualpipe.strategy.interrupts import exit_as_terminated, stop_between_batches
 from lightning_dualpipe.strategy.launcher import PipelineLauncher, join_run
+from lightning_dualpipe.strategy.metric_groups import collect_over
 from lightning_dualpipe.strategy.model_summary import summarize_the_whole_model
-from lightning_dualpipe.strategy.reader import PipelineReader
+from lightning_dualpipe.strategy.reader import PipelineReader, warn_of_stream
+from lightning_dualpipe.strategy.requeue import requeue_between_batches
 
 __all__ = ["DualPipeStrategy"]
 
@@ -202,8 +205,9 @@ class DualPipeStrategy(PipelineCheckpoints):
             started=dist.get_world_size() if _distributed_is_initialized() else None,
         )
 
-    def check_model(self) -> None:
+    def check_model(self, trainer: Trainer) -> None:
         check_model(self._module, self.schedule, self.layout)
+        check_callbacks(trainer, self.layout)
 
     def set_world_ranks(self) -> None:
         if self.cluster_environment is not None:
@@ -225,7 +229,7 @@ class DualPipeStrategy(PipelineCheckpoints):
         # as in one process: what is random from here on follows from what rank 0 has drawn so far
         _set_rng_states(self.broadcast(_collect_rng_states(include_cuda=False)))
         if self._groups is None:
-            self._groups = Groups.create(self.layout, self.global_rank, timeout=self._timeout)
+            self._groups = Groups.create(self.layout, self.global_rank, timeout=self._timeout, device=self.root_device)
 
     # ---- model --------------------------------------------------------------------------------
 
@@ -243,6 +247,8 @@ class DualPipeStrategy(PipelineCheckpoints):
         assert self.accelerator is not None and self.lightning_module is not None
         self.accelerator.setup(trainer)
         stop_between_batches(trainer)
+        requeue_between_batches(trainer, self.groups.world_host)
+        check_callbacks(trainer, self.layout)
         if self.assembly is None or self.assembly.owner is not self.lightning_module:
             self.assembly = Assembly(
                 self.lightning_module,
@@ -259,11 +265,13 @@ class DualPipeStrategy(PipelineCheckpoints):
             )
         self.model = self.lightning_module
         self.model_to_device()
+        collect_over(self.lightning_module, self.groups.data)
         self.assembly.attach()
         self.barrier("assembled")
         if trainer.state.fn == TrainerFn.FITTING:
             self._reset_optimizers_and_schedulers()
-            self.setup_optimizers(trainer)
+            with optimizers_may_be_empty():
+                self.setup_optimizers(trainer)
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
@@ -281,13 +289,8 @@ class DualPipeStrategy(PipelineCheckpoints):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        module = self._module
-        if module.automatic_optimization:
-            first = module.trainer.fit_loop.epoch_loop.batch_idx % module.trainer.accumulate_grad_batches == 0
-            if first:  # Lightning clears them only after this call: until then they would take memory twice
-                for optimizer in self._optimizers:
-                    optimizer.zero_grad(set_to_none=True)
-        return module.training_step(*args, **kwargs)
+        clear_gradients_early(self._module.trainer, self._optimizers)
+        return self._module.training_step(*args, **kwargs)
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -300,17 +303,6 @@ class DualPipeStrategy(PipelineCheckpoints):
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         return self._module.predict_step(*args, **kwargs)
-
-    @override
-    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        assert self.assembly is not None and self.lightning_module is not None
-        self.pre_backward(closure_loss)
-        closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
-        with self.assembly.sums.backward():  # summed before on_after_backward, as in DDP
-            self.precision_plugin.backward(closure_loss, self.lightning_module, optimizer, *args, **kwargs)
-        closure_loss = self.precision_plugin.post_backward(closure_loss, self.lightning_module)
-        self.post_backward(closure_loss)
-        return closure_loss
 
     @override
     @contextmanager
@@ -354,7 +346,10 @@ class DualPipeStrategy(PipelineCheckpoints):
                 pl_worker_init_function, rank=self._data_rank
             )
         group = self.groups.pipeline_host
-        return dataloader if group is None else PipelineReader.of(dataloader, group)
+        if group is None:
+            return dataloader
+        warn_of_stream(dataloader)
+        return PipelineReader.of(dataloader, group)
 
     # ---- the end ------------------------------------------------------------------------------
 

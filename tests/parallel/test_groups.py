@@ -36,6 +36,23 @@ def test_each_group_has_the_ranks_of_the_layout():
         assert found["expert"] == layout.expert_ranks(rank)
 
 
+def _first_operations(rank):
+    """Of a backend that is not gloo, by name: groups on which all ranks have met when they are created."""
+    met = []
+    backend, all_reduce = dist.get_backend, dist.all_reduce
+    dist.get_backend = lambda group=None: "nccl"
+    dist.all_reduce = lambda tensor, group=None: (met.append(group), all_reduce(tensor, group=group))
+    try:
+        groups = Groups.create(ParallelLayout(4, pipeline=2), rank, device=torch.device("cpu"))
+    finally:
+        dist.get_backend, dist.all_reduce = backend, all_reduce
+    return met == [groups.pipeline]
+
+
+def test_the_first_operation_of_a_pipeline_s_group_is_one_of_all_its_ranks():
+    assert run_ranks(4, _first_operations) == [True] * 4
+
+
 def test_groups_of_one_rank_are_none():
     for rank, found in enumerate(run_ranks(2, _members, ParallelLayout(2, pipeline=2))):
         assert found["pipeline"] == (0, 1) and found["data"] == found["expert"] == (rank,)

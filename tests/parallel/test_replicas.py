@@ -119,6 +119,27 @@ def test_several_backwards_before_a_step_add_up_once():
     assert run_ranks(2, _several_backwards, (0, 1)) == [[3.0, 33.0, 16.5 + 200, 3.0, 3.0, 6.0]] * 2
 
 
+def _frozen_for_a_while(rank):
+    """A backward that adds nothing to a summed gradient, since its parameter is frozen, leaves it as it is."""
+    weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    replicas = ReplicaGroups({"weight": (0, 1)}, rank=rank)
+    weight.grad = torch.full_like(weight, rank + 1.0)
+    replicas.sum_gradients({"weight": weight})
+    found = []
+    for trained in (False, True):
+        weight.requires_grad_(trained)
+        replicas.unsum({"weight": weight})
+        if trained:
+            weight.grad += 10.0
+        replicas.sum_gradients({"weight": weight})
+        found.append(weight.grad[0].item())
+    return found
+
+
+def test_a_summed_gradient_stays_while_its_parameter_is_frozen():
+    assert run_ranks(2, _frozen_for_a_while) == [[3.0, 23.0]] * 2
+
+
 def test_gradients_on_one_rank_are_left_alone():
     assert _several_backwards(0, (0,)) == [1.0, 11.0, 105.5, 1.0, 1.0, 3.0]
 

@@ -144,6 +144,17 @@ def test_hooks_of_a_parameter_run_once_when_its_gradient_is_delivered(name: str)
     assert_equal(gradients(model), expected)
 
 
+@pytest.mark.parametrize("run", [Ladder.forward, lambda model, batch: pipelined(model)(batch)], ids=["uncut", "cut"])
+def test_a_backward_through_anything_but_the_loss_is_refused(run: Callable[[Ladder, Batch], dict[str, Tensor]]) -> None:
+    out = run(Ladder(), build_batch(8))
+    out["penalty"] *= 2
+    with pytest.raises(ConfigurationError, match=r"reaches 'penalty', .* only 'loss' carries gradients; add the term"):
+        (out["loss"] + out["penalty"]).backward()
+
+    with torch.no_grad():
+        assert not run(Ladder(), build_batch(8))["penalty"].requires_grad
+
+
 def test_a_second_backward_is_refused_with_what_to_do_instead() -> None:
     loss = pipelined(Ladder())(build_batch(8))["loss"]
     loss.backward(retain_graph=True)
@@ -210,11 +221,19 @@ def test_reported_means_have_the_format_of_the_wire_and_counts_stay_exact(
 # ---- microbatches -------------------------------------------------------------------------------
 
 
-def test_a_batch_that_does_not_split_evenly_is_refused_in_training() -> None:
-    with pytest.raises(ConfigurationError, match=r"10 samples .* num_microbatches=4 equal parts; .* multiple of 4, or"):
-        pipelined(Ladder())(build_batch(10))
-    with pytest.raises(ConfigurationError, match=r"batch of 2 samples"):
-        pipelined(Ladder())(build_batch(2))
+@pytest.mark.parametrize("samples", [10, 2])
+def test_batches_that_do_not_split_evenly_are_refused_in_training(samples: int) -> None:
+    forward = pipelined(Ladder())
+    forward(build_batch(samples))  # the first may be the last of its epoch, where a run is resumed
+    message = rf"{samples} samples .* num_microbatches=4 equal parts; .* multiple of 4, or"
+    with pytest.raises(ConfigurationError, match=message):
+        forward(build_batch(samples))
+
+
+def test_a_run_may_be_resumed_at_the_smaller_batch_that_ends_an_epoch() -> None:
+    forward = pipelined(Ladder())
+    for samples in (3, 8, 8, 3, 8):
+        forward(build_batch(samples))
 
 
 def test_the_last_batch_of_an_epoch_may_be_smaller() -> None:
@@ -239,6 +258,7 @@ def test_evaluation_and_prediction_take_any_size_at_any_time() -> None:
         with torch.no_grad():
             assert_equal(forward(batch), means)
         assert len(forward(without_labels(batch))) == samples
+    forward(build_batch(8))
     with pytest.raises(ConfigurationError, match="10 samples"):  # and training is as strict as before
         forward(build_batch(10))
 

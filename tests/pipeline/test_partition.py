@@ -94,6 +94,23 @@ def test_the_whole_is_known_by_name_shape_and_format():
         assert (spec.shape, spec.dtype) == (tuple(state[name].shape), state[name].dtype)
 
 
+class Describes(nn.Linear):
+    def __init__(self, said: object) -> None:
+        super().__init__(4, 4)
+        self.said = said
+
+    def get_extra_state(self) -> object:
+        return self.said
+
+
+@pytest.mark.parametrize("said", [{"scale": 2}, torch.ones(3)], ids=["no tensor", "a tensor"])
+def test_what_a_module_says_of_itself_is_no_tensor_of_the_model(said):
+    model = Model()
+    model.blocks[1].append(Describes(said))
+    names = set(Whole.of(model, model.layers(), STAGES).tensors)
+    assert names == set(model.state_dict()) - {"blocks.1.2._extra_state"}
+
+
 def test_a_tied_weight_has_two_names_and_the_stages_of_both():
     model = Model()
     whole = Whole.of(model, model.layers(), STAGES)

@@ -148,6 +148,22 @@ def test_a_stage_without_parameters_passes_values_and_gradients():
     assert torch.equal(received[0], 2 * gradients[0]) and torch.equal(received[1], gradients[1])
 
 
+class Overwrites(nn.Module):
+    def forward(self, h_BD, ids_B, total_B):
+        return h_BD.mul_(3).relu_(), ids_B, total_B.add_(1)
+
+
+def test_the_first_layer_of_a_stage_may_work_in_place():
+    stage = middle_stage(Overwrites())
+    values, gradients = values_of(3), gradients_for(3)
+    h_BD = values[0].clone()
+    outputs = stage.forward(0, values, {})
+    torch.testing.assert_close(outputs[0], (3 * h_BD).relu())
+    received = stage.backward(0, gradients)
+    torch.testing.assert_close(received[0], 3 * gradients[0] * (h_BD > 0))
+    torch.testing.assert_close(received[1], gradients[1])
+
+
 class Forgets(nn.Module):
     """Its outputs depend on its parameter only, or on nothing."""
 

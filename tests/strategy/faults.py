@@ -72,12 +72,17 @@ class Fault:
     def terminate_itself(self) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
+    def be_requeued(self) -> None:
+        """SLURM's notice that time is nearly over, to this rank before the others."""
+        os.kill(os.getpid(), signal.SIGUSR1)
+
     def terminate_main(self) -> None:
         os.kill(os.getppid(), signal.SIGTERM)
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0)))
+    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+    return int(next((os.environ[name] for name in names if name in os.environ), 0))
 
 
 fault = Fault(**json.loads(os.environ.get("PROGRAM_FAULT", "{}")))

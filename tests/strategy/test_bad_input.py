@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
@@ -199,6 +200,27 @@ def test_fit_refuses_a_model_before_it_starts_processes(case, monkeypatch):
     trainer = L.Trainer(strategy=DualPipeStrategy(**strategy), accelerator="cpu", devices=6, **QUIET)
     with pytest.raises(ConfigurationError, match=message):
         trainer.fit(make(), loader())
+
+
+AVERAGES = {
+    StochasticWeightAveraging: {"swa_lrs": 0.1, "swa_epoch_start": 1},
+    WeightAveraging: {},
+    EMAWeightAveraging: {"decay": 0.9},
+}
+
+
+@pytest.mark.parametrize("kind", AVERAGES)
+def test_an_average_of_a_model_that_is_copied_before_it_is_cut_is_refused(kind, monkeypatch):
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a process is started"))
+    message = f"{kind.__name__} copies .* for pipeline_parallel_size=2 and expert_parallel_size=1, .*; remove the"
+    with pytest.raises(ConfigurationError, match=message):
+        trainer(DualPipeStrategy(), devices=2, callbacks=[kind(**AVERAGES[kind])]).fit(Plain(gpt()), loader())
+
+
+def test_one_process_may_average_what_it_holds():
+    callbacks = [StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=1)]
+    alone = trainer(DualPipeStrategy(), max_steps=-1, max_epochs=2, limit_train_batches=2, callbacks=callbacks)
+    alone.fit(Plain(gpt()), loader())
 
 
 def test_an_expert_size_for_a_model_without_experts_is_warned_of():

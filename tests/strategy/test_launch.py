@@ -17,7 +17,8 @@ from lightning_dualpipe import DualPipeStrategy
 from lightning_dualpipe.errors import ConfigurationError
 from tests.ranks import run_ranks
 from tests.strategy import program
-from tests.strategy.programs import SCRIPT, Program, run_together
+from tests.strategy.faults import STEP
+from tests.strategy.programs import SCRIPT, Ended, Program, run_together
 from tests.strategy.runs import QUIET, SHAPE, Run, build_module, pretend_torchrun
 
 FOUR = ("--strategy", '{"pipeline_parallel_size": 4}')
@@ -34,7 +35,7 @@ def test_every_way_to_start_a_run_gives_the_losses_of_a_single_process(tmp_path)
             "console script": Program([[str(console_script(tmp_path)), "--devices", "2"]]),
             "torchrun": Program([[*TORCHRUN, "--standalone", "--nproc-per-node=4", SCRIPT[1], "--devices=4", *FOUR]]),
             "torchrun on two nodes": two_nodes(free_port()),
-            "SLURM": slurm(),
+            "SLURM, requeued": slurm(tmp_path),
         },
         tmp_path,
     )
@@ -43,6 +44,7 @@ def test_every_way_to_start_a_run_gives_the_losses_of_a_single_process(tmp_path)
         assert set(each.codes) == {0}, f"{way}: {each.error}"
         torch.testing.assert_close(each.losses, expected, rtol=0, atol=1e-9, msg=lambda text, way=way: f"{way}: {text}")
         assert each.left_behind == [], way
+    check_requeued(ended["SLURM, requeued"])
 
 
 def console_script(folder: Path) -> Path:
@@ -59,9 +61,14 @@ def two_nodes(port: int) -> Program:
     return Program([[*TORCHRUN, *nodes, f"--node-rank={node}", *script] for node in range(2)])
 
 
-def slurm() -> Program:
-    """``srun`` with four tasks on one node."""
+def slurm(folder: Path) -> Program:
+    """``srun`` with four tasks on one node; one of them is told in the middle of a batch that time is nearly over."""
+    scontrol = folder / "bin/scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$*" >> {folder}/requeued\n')
+    scontrol.chmod(0o755)
     job = {
+        "PATH": f"{scontrol.parent}{os.pathsep}{os.environ['PATH']}",
         "SLURM_JOB_ID": str(700_000 + free_port(range(15_000, 25_000)) - 15_000),  # Lightning makes its port from it
         "SLURM_JOB_NAME": "train",
         "SLURM_NODELIST": "localhost",
@@ -71,7 +78,19 @@ def slurm() -> Program:
         "SLURM_NODEID": "0",
     }
     tasks = [{**job, "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)} for task in range(4)]
-    return Program([[*SCRIPT, "--devices=4", *FOUR]] * 4, environments=tasks)
+    fault = {"place": "training_step", "rank": 2, "what": "be_requeued"}
+    return Program([[*SCRIPT, "--devices=4", *FOUR]] * 4, fault, environments=tasks)
+
+
+def check_requeued(ended: Ended) -> None:
+    """When the batch was over, and once; the job itself went on until its end."""
+    (command,) = (ended.folder.parent / "requeued").read_text().splitlines()
+    assert command.split()[:1] == ["requeue"]
+    (saved,) = ended.folder.glob("hpc_ckpt_*.ckpt")
+    checkpoint = torch.load(saved)
+    assert checkpoint["global_step"] == STEP + 1
+    names = program.LanguageModel(width=8, depth=6, heads=2).state_dict()
+    assert checkpoint["state_dict"].keys() == names.keys()  # of all four ranks
 
 
 def free_port(ports: range = range(1)) -> int:

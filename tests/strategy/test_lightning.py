@@ -1,6 +1,7 @@
 """What a Lightning user does with a Trainer works as it does in one process."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from torch import Tensor
+from lightning.pytorch.callbacks import BasePredictionWriter, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torchmetrics import MetricCollection, SumMetric
 
 from examples.your_own_model import GPT
 from lightning_dualpipe import Batch, DualPipeStrategy
@@ -50,6 +53,7 @@ class Model(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.model = GPT(vocab_size=16, width=16, depth=4, heads=2)
+        self.counts = MetricCollection({"tokens": SumMetric(), "sum": SumMetric()})
         self.seen: list[float] = []
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -62,6 +66,14 @@ class Model(L.LightningModule):
         out = self.model(batch)
         self.log("val_loss", out["loss"], batch_size=int(out["tokens"]), sync_dist=True)
         self.log("val_accuracy", out["accuracy"], batch_size=int(out["tokens"]), sync_dist=True)
+        self.counts["tokens"].update(batch["labels"].numel())
+        self.counts["sum"].update(batch["labels"].sum())
+        self.log("val_tokens", self.counts["tokens"])
+        self.log("val_gathered", self.all_gather(batch["labels"].sum()).sum(), batch_size=1, reduce_fx="sum")
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val_sum", self.counts["sum"].compute())
+        self.counts["sum"].reset()
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self.validation_step(batch, batch_idx)
@@ -117,6 +129,93 @@ class TwoOptimizers(Model):
         matrices = [parameter for parameter in self.parameters() if parameter.ndim > 1]
         others = [parameter for parameter in self.parameters() if parameter.ndim < 2]
         return torch.optim.Adam(matrices, lr=1e-2), torch.optim.SGD(others, lr=0.1, momentum=0.9)
+
+
+class DirectModel(Model):
+    """Three optimizers, one without parameters on ranks without the embedding, and ``loss.backward()`` as in DDP.
+
+    The first and the last share a backward; the second has one of its own, when the others are frozen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.norms: list[float] = []
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        first, second, third = self.optimizers()
+        for optimizer in (first, second, third):
+            optimizer.zero_grad()
+        out, again = self.model(batch), self.model(batch)
+        (out["loss"] + 0.1 * again["loss"]).backward()
+        self.toggle_optimizer(second)
+        self.model(batch)["loss"].backward()
+        self.untoggle_optimizer(second)
+        for optimizer in (first, second, third):
+            self.clip_gradients(optimizer, gradient_clip_val=0.3, gradient_clip_algorithm="norm")
+            optimizer.step()
+        self.seen.append(out["loss"].item())
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        parts = (self.model.embedding, self.model.blocks, self.model.head)
+        kinds = (torch.optim.AdamW, torch.optim.SGD, torch.optim.Adam)
+        return [kind(part.parameters(), lr=1e-2) for kind, part in zip(kinds, parts, strict=True)]
+
+
+class Note(nn.Module):
+    """Says something of itself that is no tensor, as modules of Transformer Engine do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.note: str | None = None
+
+    def get_extra_state(self) -> dict[str, str | None]:
+        return {"note": self.note}
+
+    def set_extra_state(self, state: dict[str, str | None]) -> None:
+        self.note = state["note"]
+
+
+class UnusualModel(Model):
+    """Batches of dtypes that gloo does not know, extra states, weights that differ by rank, a look at old gradients."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.cleared: list[bool] = []
+        self.model.embedding.say, self.model.blocks[-1].say = Note(), Note()  # of the first and of the last stage
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter += rank
+
+    def initialize_weights(self) -> None:
+        raise AssertionError("nothing is without memory")
+
+    def training_step(self, batch: Mapping[str, Batch], batch_idx: int) -> Tensor:
+        (part,) = batch.values()
+        assert {value.dtype for value in part.values()} == {torch.int16, torch.int64, torch.complex64}
+        return super().training_step({name: part[name].long() for name in ("input_ids", "labels")}, batch_idx)
+
+    def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
+        self.cleared.append(any(parameter.grad is not None for parameter in self.parameters()))
+
+
+class UnusualSequences(Sequences):
+    def __getitem__(self, index: int) -> Batch:
+        sample = super().__getitem__(index)
+        phase = torch.polar(torch.ones(12), sample["labels"].float()).conj()
+        return {"input_ids": sample["input_ids"].short(), "labels": sample["labels"], "phase": phase}
+
+
+class Writer(BasePredictionWriter):
+    def __init__(self) -> None:
+        super().__init__("batch_and_epoch")
+        self.indices: list[Any] = []
+
+    def write_on_batch_end(self, *arguments: Any) -> None:
+        self.indices.append(arguments[3])
+
+    def write_on_epoch_end(self, *arguments: Any) -> None:
+        self.indices.append(arguments[3])
 
 
 @dataclass(frozen=True)
@@ -188,13 +287,16 @@ class FixedShares(DataLoader[Batch]):
 
 
 def evaluate_and_predict(rank: int, layout: str | None, _: str) -> Outcome:
-    trainer, batch_size = trainer_for(rank, layout, max_steps=2, use_distributed_sampler=False)
+    writer = Writer()
+    trainer, batch_size = trainer_for(rank, layout, max_steps=2, use_distributed_sampler=False, callbacks=[writer])
     module = Model()
     trainer.fit(module, FixedShares(16, batch_size, trainer))
     (validated,) = trainer.validate(module, FixedShares(20, batch_size, trainer), verbose=False)
     (tested,) = trainer.test(module, FixedShares(12, batch_size, trainer), verbose=False)
-    predicted = trainer.predict(module, DataLoader(Sequences(3), batch_size=3))
-    return outcome(trainer, module, validated=validated, tested=tested, predicted=predicted)
+    predicted = trainer.predict(module, DataLoader(Sequences(5), batch_size=3))
+    assert writer.indices[:2] == [[0, 1, 2], [3, 4]]
+    extra = {"validated": validated, "tested": tested, "predicted": predicted, "written": writer.indices}
+    return outcome(trainer, module, **extra)
 
 
 def fit_by_hand(rank: int, layout: str | None, _: str) -> Outcome:
@@ -211,11 +313,46 @@ def fit_with_two_optimizers(rank: int, layout: str | None, _: str) -> Outcome:
     return outcome(trainer, module)
 
 
+def fit_directly(rank: int, layout: str | None, _: str) -> Outcome:
+    trainer, batch_size = trainer_for(rank, layout, max_epochs=2, limit_val_batches=0, use_distributed_sampler=False)
+    module = DirectModel()
+    trainer.fit(module, FixedShares(40, batch_size, trainer))
+    return outcome(trainer, module)
+
+
+def fit_the_unusual(rank: int, layout: str | None, folder: str) -> Outcome:
+    """Two Trainers use one CombinedLoader; a third goes on from what the second has saved."""
+    loaders = CombinedLoader({"only": DataLoader(UnusualSequences(32), batch_size=8)}, "max_size")
+    trainer, _ = trainer_for(rank, layout, max_steps=3, limit_val_batches=0)
+    module = UnusualModel(rank)
+    trainer.fit(module, loaders)
+    trainer, _ = trainer_for(rank, layout, max_steps=3, limit_val_batches=0)
+    trainer.fit(module, loaders)
+    notes = [each for each in module.modules() if isinstance(each, Note)]
+    for note in notes:
+        note.note = "said"
+    trainer.save_checkpoint(f"{folder}/unusual.ckpt")
+    for note in notes:
+        note.note = None
+    trainer, _ = trainer_for(rank, layout, max_steps=5, limit_val_batches=0)
+    trainer.fit(module, loaders, ckpt_path=f"{folder}/unusual.ckpt")
+    states = torch.load(f"{folder}/unusual.ckpt")["state_dict"]
+    return outcome(
+        trainer,
+        module,
+        cleared=module.cleared,
+        said={note.note for note in notes},
+        saved=sorted(name for name, value in states.items() if value == {"note": "said"}),
+    )
+
+
 def fit_a_stream(rank: int, layout: str | None, _: str) -> Outcome:
     """Batches of unknown number and changing length. One pipeline: an iterable dataset shards itself."""
     trainer, _ = trainer_for(rank, layout, max_epochs=2, limit_val_batches=0)
     module = Model()
-    trainer.fit(module, DataLoader(Stream(), batch_size=4))
+    warned = pytest.warns(UserWarning, match=r"Stream is an IterableDataset, .*\.distributed_sampler_kwargs")
+    with warned if layout and rank == 0 else nullcontext():
+        trainer.fit(module, DataLoader(Stream(), batch_size=4))
     return outcome(trainer, module)
 
 
@@ -234,6 +371,8 @@ CASES = {
     "evaluation": evaluate_and_predict,
     "manual": fit_by_hand,
     "two optimizers": fit_with_two_optimizers,
+    "direct": fit_directly,
+    "unusual": fit_the_unusual,
     "stream": fit_a_stream,
     "shuffled": fit_shuffled,
 }
@@ -242,7 +381,7 @@ CASES = {
 @pytest.mark.parametrize(
     ("case", "layout"),
     [(case, "dualpipe pp2") for case in CASES]
-    + [(case, "dualpipev pp2 dp2") for case in ("everything", "evaluation", "manual")],
+    + [(case, "dualpipev pp2 dp2") for case in ("everything", "evaluation", "manual", "direct")],
 )
 def test_a_run_is_the_one_of_a_single_process(case: str, layout: str, tmp_path: Path) -> None:
     expected = CASES[case](0, None, str(tmp_path / "alone"))
