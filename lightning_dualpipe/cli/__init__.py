@@ -1,7 +1,7 @@
 """The command ``lightning-dualpipe``.
 
     fit validate test predict     the Trainer's methods, as a LightningCLI           cli.training
-    draw                          a schedule over time, as text or as a picture      cli.drawing
+    draw                          a schedule over time, as text, picture or trace    cli.drawing
 
 This file only finds out what was asked for: ``--help`` and ``draw`` need neither torch nor lightning,
 whose import takes seconds. It is also where a run ends that cannot work: a ConfigurationError was
@@ -23,7 +23,7 @@ _TRAINER_COMMANDS = {
     "test": "one pass over the test data",
     "predict": "run the model on data without labels",
 }
-_COMMANDS = {**_TRAINER_COMMANDS, "draw": "show a pipeline schedule as text, or write it as .png, .svg or .pdf"}
+_COMMANDS = {**_TRAINER_COMMANDS, "draw": "show a pipeline schedule as text, or write a picture or a trace of it"}
 
 _HELP = """\
 usage: lightning-dualpipe [--help] [--version] COMMAND [OPTION ...]
