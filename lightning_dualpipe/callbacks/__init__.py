@@ -4,10 +4,12 @@ trainer.callbacks:
   - lightning_dualpipe.callbacks.Throughput       tokens per second
   - lightning_dualpipe.callbacks.ExpertLoad       how even the load of the experts is
   - lightning_dualpipe.callbacks.RunReport        pictures at the end, and where everything is
+  - lightning_dualpipe.callbacks.StepTimeline     one step of every rank, measured beside simulated
 """
 
 from lightning_dualpipe.callbacks.expert_load import ExpertLoad
 from lightning_dualpipe.callbacks.run_report import RunReport
+from lightning_dualpipe.callbacks.step_timeline import StepTimeline
 from lightning_dualpipe.callbacks.throughput import Throughput
 
-__all__ = ["ExpertLoad", "RunReport", "Throughput"]
+__all__ = ["ExpertLoad", "RunReport", "StepTimeline", "Throughput"]
