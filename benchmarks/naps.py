@@ -55,7 +55,7 @@ class Clock:
     def wait_until(self, end: float) -> None:
         if self.virtual:
             self._time = max(self._time, end)
-        else:
+        elif end > self.now:  # what has passed already was hidden, and is not late
             self.late += sleep_until(end)
 
     def reset(self, seconds: float) -> None:

@@ -68,7 +68,7 @@ PLACES = {
 # A library that may be absent: the only files that import it, besides what their place allows.
 OPTIONAL = {
     "deep_ep": {"parallel/deepep.py"},
-    "matplotlib": {"schedules/draw.py", "callbacks/loss_picture.py"},
+    "matplotlib": {"schedules/draw.py", "schedules/draw_record.py", "callbacks/loss_picture.py"},
     "tokenizers": {"data/tokenizer_files.py"},
     "transformer_engine": {"precision/te_backend.py"},
 }

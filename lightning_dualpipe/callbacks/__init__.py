@@ -6,12 +6,14 @@ trainer.callbacks:
   - lightning_dualpipe.callbacks.PeakMemory       the most memory that any rank has held
   - lightning_dualpipe.callbacks.WeightAverage    a moving average of the weights, in host memory
   - lightning_dualpipe.callbacks.RunReport        pictures at the end, and where everything is
+  - lightning_dualpipe.callbacks.StepTimeline     one step of every rank, measured beside simulated
 """
 
 from lightning_dualpipe.callbacks.expert_load import ExpertLoad
 from lightning_dualpipe.callbacks.peak_memory import PeakMemory
 from lightning_dualpipe.callbacks.run_report import RunReport
+from lightning_dualpipe.callbacks.step_timeline import StepTimeline
 from lightning_dualpipe.callbacks.throughput import Throughput
 from lightning_dualpipe.callbacks.weight_average import WeightAverage
 
-__all__ = ["ExpertLoad", "PeakMemory", "RunReport", "Throughput", "WeightAverage"]
+__all__ = ["ExpertLoad", "PeakMemory", "RunReport", "StepTimeline", "Throughput", "WeightAverage"]

@@ -1,7 +1,7 @@
 """The command ``lightning-dualpipe``.
 
     fit validate test predict     the Trainer's methods, as a LightningCLI           cli.training
-    draw                          a schedule over time, as text or as a picture      cli.drawing
+    draw                          a schedule over time, as text, picture or trace    cli.drawing
     plan                          what layouts of a model cost on a cluster          cli.planning
 
 This file only finds out what was asked for: ``--help``, ``draw`` and ``plan`` need neither torch nor
@@ -26,7 +26,7 @@ _TRAINER_COMMANDS = {
 }
 _COMMANDS = {
     **_TRAINER_COMMANDS,
-    "draw": "show a pipeline schedule as text, or write it as .png, .svg or .pdf",
+    "draw": "show a pipeline schedule as text, or write a picture or a trace of it",
     "plan": "price the layouts of a model on a cluster: time, memory, what does not fit",
 }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.schedules import SCHEDULES, Costs, build_schedule
 from lightning_dualpipe.schedules.draw import draw_picture, draw_text
+from lightning_dualpipe.schedules.trace import write_schedule_trace
 
 __all__ = ["draw"]
 
@@ -26,7 +27,8 @@ def draw(args: Sequence[str]) -> None:
     costs = Costs(asked.forward, asked.backward_input, asked.backward_weight, asked.overlapped, asked.send)
     if asked.output is not None:
         asked.output.parent.mkdir(parents=True, exist_ok=True)
-        sys.stdout.write(f"{draw_picture(schedule, costs, asked.output)}\n")
+        write = write_schedule_trace if asked.output.suffix.lower() == ".json" else draw_picture
+        sys.stdout.write(f"{write(schedule, costs, asked.output)}\n")
     else:
         sys.stdout.write(draw_text(schedule, costs, width=asked.width or _terminal_width()))
 
@@ -52,7 +54,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--send", type=float, default=0.0, help="time between two ranks (default: %(default)g)")
     parser.add_argument("--width", type=int, help="fold the text after so many columns (default: the terminal's)")
-    parser.add_argument("--output", type=Path, help="write a picture instead: .png, .svg or .pdf")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="write a file instead: a picture (.png, .svg, .pdf), or a trace for ui.perfetto.dev (.json), "
+        "in which a cost of 1 is a millisecond",
+    )
     return parser
 
 

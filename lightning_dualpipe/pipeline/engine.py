@@ -17,9 +17,11 @@ from torch import Tensor
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.interface import Batch, PipelineModel, TensorSpec, Values
 from lightning_dualpipe.pipeline.overlap import ORDERS, LaunchOrder, run_pair
+from lightning_dualpipe.pipeline.record import NOBODY, Observer, Watch, unwatched
 from lightning_dualpipe.pipeline.stage import Stage
 from lightning_dualpipe.pipeline.transport import Transport
 from lightning_dualpipe.schedules import Action, Compute, Exchange, Instruction, Kind, Message, Schedule, Step, lower
+from lightning_dualpipe.schedules.record import Work
 
 __all__ = ["Engine"]
 
@@ -56,6 +58,8 @@ class Engine:
         self.dtype = dtype
         self.peak_held = 0
         """Most microbatches whose activations this rank held at once, in the last training step."""
+        self.observer: Observer = NOBODY
+        """Is told of the next training step, and of no other."""
         self._order = order
         self._transport = transport
         self._schedule_of = lru_cache(maxsize=64)(schedule_of)
@@ -83,27 +87,30 @@ class Engine:
                 if action == last[action.stage]:
                     on_stage_done(action.stage)
 
+        self.observer.begin(self._schedule_of(len(batches)))
         self._run(batches, execute, training=True)
+        self.observer = NOBODY
         return sums
 
     def _train_step(self, step: Step, batches: Sequence[Batch], sums: dict[str, Tensor]) -> None:
         forward = backward = None
         weights, forward_done, backward_done = _nothing, _nothing, _nothing
         for action in step:
-            stage, microbatch = self.stages[action.stage], action.microbatch
+            stage, microbatch, watch = self.stages[action.stage], action.microbatch, self.observer.watch(action)
             match action.kind:
                 case Kind.FORWARD:
-                    values = self._take_input(action)
-                    forward = _named(action, self.rank, stage.forward_steps(microbatch, values, batches[microbatch]))
+                    values = self._take_input(action, watch)
+                    forward_steps = stage.forward_steps(microbatch, values, batches[microbatch], watch)
+                    forward = _named(action, self.rank, forward_steps)
                     forward_done = partial(self._forward_done, action, sums)
                 case Kind.BACKWARD | Kind.BACKWARD_INPUT:
-                    gradients, postpone = self._take_gradients(action), action.kind is Kind.BACKWARD_INPUT
-                    steps = stage.backward_steps(microbatch, gradients, postpone=postpone)
-                    backward = _named(action, self.rank, steps)
+                    gradients, postpone = self._take_gradients(action, watch), action.kind is Kind.BACKWARD_INPUT
+                    backward_steps = stage.backward_steps(microbatch, gradients, postpone=postpone, watch=watch)
+                    backward = _named(action, self.rank, backward_steps)
                     backward_done = partial(self._pass_back, action)
-                    weights = _nothing if postpone else partial(stage.backward_weight, microbatch)
+                    weights = _nothing if postpone else partial(stage.backward_weight, microbatch, watch)
                 case Kind.BACKWARD_WEIGHT:
-                    stage.backward_weight(microbatch)
+                    stage.backward_weight(microbatch, watch)
         run_pair(
             forward,
             backward,
@@ -184,18 +191,19 @@ class Engine:
         specs = self._specs[message.microbatch]
         return specs if message.kind is Kind.FORWARD else [spec for spec in specs if _is_floating(spec)]
 
-    def _take(self, key: _Key) -> Values:
+    def _take(self, key: _Key, watch: Watch) -> Values:
         if key in self._values:  # the neighbouring stage is on this rank too
             return self._values.pop(key)
-        return self._transport.take(self._messages.pop(key))
+        with watch(Work.MESSAGE, ()):
+            return self._transport.take(self._messages.pop(key))
 
-    def _take_input(self, action: Action) -> Values:
+    def _take_input(self, action: Action, watch: Watch = unwatched) -> Values:
         first = self.stages[action.stage].is_first
-        return () if first else self._take((Kind.FORWARD, action.stage, action.microbatch))
+        return () if first else self._take((Kind.FORWARD, action.stage, action.microbatch), watch)
 
-    def _take_gradients(self, action: Action) -> Values | None:
+    def _take_gradients(self, action: Action, watch: Watch) -> Values | None:
         last = self.stages[action.stage].is_last
-        return None if last else self._take((Kind.BACKWARD, action.stage, action.microbatch))
+        return None if last else self._take((Kind.BACKWARD, action.stage, action.microbatch), watch)
 
     def _pass_on(self, action: Action, out: Values | dict[str, Tensor], sums: dict[str, Tensor]) -> None:
         if isinstance(out, dict):

@@ -29,8 +29,10 @@ from torch import Tensor
 
 from lightning_dualpipe.interface import Batch, Flight, Layer, Phase, PipelineModel, Values, WeightGradients
 from lightning_dualpipe.pipeline.graph import Entrance, Graph, detached
+from lightning_dualpipe.pipeline.record import Watch, unwatched
 from lightning_dualpipe.pipeline.streams import CommunicationStream, Mark
 from lightning_dualpipe.recompute import run_phase
+from lightning_dualpipe.schedules.record import Work
 
 __all__ = ["Stage"]
 
@@ -106,44 +108,46 @@ class Stage:
         return _finish(self.backward_steps(microbatch, gradients, postpone=True))
 
     @torch.no_grad()  # runs outside the autograd engine: a gradient must not carry a graph
-    def backward_weight(self, microbatch: int) -> None:
+    def backward_weight(self, microbatch: int, watch: Watch = unwatched) -> None:
         """Also in the middle of a backward: what has been put aside so far."""
-        for compute in self._postponed.pop(microbatch, ()):
-            compute()
+        if waiting := self._postponed.pop(microbatch, []):
+            with watch(Work.WEIGHTS, ()):
+                for compute in waiting:
+                    compute()
 
     # ---- step by step -------------------------------------------------------------------------
 
     def forward_steps(
-        self, microbatch: int, values: Values, batch: Batch
+        self, microbatch: int, values: Values, batch: Batch, watch: Watch = unwatched
     ) -> Generator[None, None, Values | dict[str, Tensor]]:
         values = self._inputs(values, batch)
         wanted = not self.is_first
         records: list[_Record] = []
         *pieces, last = _cut(self._phases()) if self.communicates else [_Piece(tuple(self._phases()))]
         for piece in pieces:
-            graph, values = self._compute(piece.compute, values, batch, wanted=wanted)
+            graph, values = self._compute(piece.compute, values, batch, watch, wanted=wanted)
             wanted = True
             mark = self.stream.mark()
             yield
             flying, beside = piece.communication, None
             assert flying is not None and flying.launch is not None
-            with self.stream.after(mark):
+            with self.stream.after(mark), watch(Work.LAUNCH, (flying,)):
                 flight = flying.launch(*flying.own(values))
             values = flying.replaced(values, (None,) * len(flying.own(values)))
             if piece.beside:
-                beside, values = self._compute(piece.beside, values, batch)
-            records.append(_Record(graph, flying, flight, beside))
+                beside, values = self._compute(piece.beside, values, batch, watch)
+            records.append(_Record(graph, piece, flight, beside))
             yield
-            values = flying.replaced(values, flight.land())
+            values = flying.replaced(values, _landed(flight, flying, watch))
         result: Values | dict[str, Tensor]
         end = self._conclude if self.is_last else self._compute
-        graph, result = end(last.compute, values, batch, wanted=wanted)
-        records.append(_Record(graph))
+        graph, result = end(last.compute, values, batch, watch, wanted=wanted)
+        records.append(_Record(graph, last))
         self._held[microbatch] = records
         return result
 
     def backward_steps(
-        self, microbatch: int, gradients: Values | None, *, postpone: bool
+        self, microbatch: int, gradients: Values | None, *, postpone: bool, watch: Watch = unwatched
     ) -> Generator[None, None, Values]:
         """With ``postpone`` off, weight gradients are put aside only where that leaves time for a communication."""
         records = self._held.pop(microbatch)
@@ -153,36 +157,39 @@ class Stage:
         mark: Mark = None
         while records:  # each is freed when it has been used
             record = records.pop()
+            compute, flying, beside = record.piece
             if record.flight is not None:
-                assert record.phase is not None
-                with self.stream.after(mark):
-                    flight = record.flight.back(record.phase.own(gradients))
-                gradients = record.phase.replaced(gradients, (None,) * len(record.phase.own(gradients)))
+                assert flying is not None
+                with self.stream.after(mark), watch(Work.LAUNCH, (flying,)):
+                    flight = record.flight.back(flying.own(gradients))
+                gradients = flying.replaced(gradients, (None,) * len(flying.own(gradients)))
                 if record.beside is not None:
-                    gradients = self._differentiate(record.beside, gradients, microbatch, deferring)
+                    with watch(Work.BACKWARD, beside):
+                        gradients = self._differentiate(record.beside, gradients, microbatch, deferring)
                 yield
-                gradients = record.phase.replaced(gradients, flight.land())
-            gradients = self._differentiate(record.graph, gradients, microbatch, deferring)
+                gradients = flying.replaced(gradients, _landed(flight, flying, watch))
+            with watch(Work.BACKWARD, compute):
+                gradients = self._differentiate(record.graph, gradients, microbatch, deferring)
             mark = self.stream.mark()
             if records:
                 yield
         return () if self.is_first else tuple(gradient for gradient in gradients if gradient is not None)
 
     def _compute(
-        self, phases: Iterable[Phase], values: Values, batch: Batch, *, wanted: bool = True
+        self, phases: Sequence[Phase], values: Values, batch: Batch, watch: Watch, *, wanted: bool = True
     ) -> tuple[Graph, Values]:
         """A graph from ``values``, whose gradients are ``wanted``, and what it computes, detached."""
         entrance = Entrance() if wanted else None
-        with self.context():
+        with self.context(), watch(Work.FORWARD, phases):
             outputs = _run(phases, entrance.enter(values) if entrance is not None else values, batch)
         return Graph.of(entrance, outputs), detached(outputs)
 
     def _conclude(
-        self, phases: Iterable[Phase], values: Values, batch: Batch, *, wanted: bool
+        self, phases: Sequence[Phase], values: Values, batch: Batch, watch: Watch, *, wanted: bool
     ) -> tuple[Graph, dict[str, Tensor]]:
         """The same with the loss behind it, for the end of the model."""
         entrance = Entrance() if wanted else None
-        with self.context():
+        with self.context(), watch(Work.FORWARD, phases):
             outputs = _run(phases, entrance.enter(values) if entrance is not None else values, batch)
             sums = dict(self.model.loss(outputs, batch))
         return Graph.of(entrance, (sums["loss"],)), {name: value.detach() for name, value in sums.items()}
@@ -214,6 +221,11 @@ def _finish(steps: Generator[None, None, T]) -> T:
             return end.value
 
 
+def _landed(flight: Flight, phase: Phase, watch: Watch) -> Values:
+    with watch(Work.TOKENS, (phase,)):
+        return flight.land()
+
+
 class _Piece(NamedTuple):
     """Compute; then communicate, and beside that compute more."""
 
@@ -226,7 +238,7 @@ class _Record(NamedTuple):
     """What a piece leaves for its backward."""
 
     graph: Graph
-    phase: Phase | None = None
+    piece: _Piece
     flight: Flight | None = None
     beside: Graph | None = None
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_dualpipe.errors import ConfigurationError, MissingPackageError
 from lightning_dualpipe.schedules.action import Action, Kind, Schedule, format_step
+from lightning_dualpipe.schedules.palette import COLOURS, FAINT, IDLE, INK, NAMES, shade
 from lightning_dualpipe.schedules.simulate import Costs, Span, Timeline, simulate
 
 if TYPE_CHECKING:
@@ -77,20 +78,6 @@ def _row(spans: Sequence[Span], unit: float, size: int, num_cells: int) -> str:
     return row + ".".ljust(size) * (num_cells - len(row) // size)
 
 
-# Of each kind of work the shade of the first direction, and the paler one of the second.
-_COLOURS = {
-    Kind.FORWARD: ("#f2b544", "#fbdd9a"),
-    Kind.BACKWARD: ("#79b473", "#bfdeb5"),
-    Kind.BACKWARD_INPUT: ("#5fb3bf", "#b5dee2"),
-    Kind.BACKWARD_WEIGHT: ("#7699d4", "#bfd0ee"),
-}
-_NAMES = {
-    Kind.FORWARD: "forward",
-    Kind.BACKWARD: "backward",
-    Kind.BACKWARD_INPUT: "backward for input",
-    Kind.BACKWARD_WEIGHT: "backward for weights",
-}
-_INK, _FAINT, _IDLE = "#262626", "#85857f", "#f2f1ed"
 _ROW, _CELL = (
     0.40,
     0.31,
@@ -127,29 +114,23 @@ def _draw_steps(axes: "Axes", schedule: Schedule, timeline: Timeline, *, inches_
     from matplotlib.patches import Rectangle
 
     for rank, spans in enumerate(timeline.spans):
-        axes.add_patch(Rectangle((0, rank + 0.06), timeline.duration, 0.88, facecolor=_IDLE, linewidth=0))
+        axes.add_patch(Rectangle((0, rank + 0.06), timeline.duration, 0.88, facecolor=IDLE, linewidth=0))
         for step, start, end in spans:
             height = 0.88 / len(step)
             for part, action in enumerate(step):
                 low = rank + 0.06 + part * height
-                colour = _COLOURS[action.kind][_shade(schedule, action)]
+                colour = COLOURS[action.kind][shade(schedule, action)]
                 box = Rectangle((start, low), end - start, height, facecolor=colour, edgecolor="white", linewidth=0.7)
                 axes.add_patch(box)
                 label = str(action.microbatch)
                 points = 72 * min(0.155, 0.62 * height * _ROW, (end - start) * inches_per_time / (0.75 * len(label)))
                 if points >= 2:  # smaller is not read, only rendered
                     middle = ((start + end) / 2, low + height * 0.52)
-                    axes.annotate(label, middle, ha="center", va="center_baseline", fontsize=points, color=_INK)
+                    axes.annotate(label, middle, ha="center", va="center_baseline", fontsize=points, color=INK)
             if len(step) == 2:
-                outline = Rectangle((start, rank + 0.06), end - start, 0.88, fill=False, edgecolor=_INK, linewidth=0.9)
+                outline = Rectangle((start, rank + 0.06), end - start, 0.88, fill=False, edgecolor=INK, linewidth=0.9)
                 outline.set_zorder(3)
                 axes.add_patch(outline)
-
-
-def _shade(schedule: Schedule, action: Action) -> int:
-    """1 for what goes the other way: the second direction, or the way up a V."""
-    going_up = schedule.num_stages > schedule.num_ranks and action.stage >= schedule.num_ranks
-    return int(going_up or schedule.direction_of(action.microbatch) > 0)
 
 
 def _draw_frame(axes: "Axes", schedule: Schedule, timeline: Timeline) -> None:
@@ -158,12 +139,12 @@ def _draw_frame(axes: "Axes", schedule: Schedule, timeline: Timeline) -> None:
     axes.set_ylim(schedule.num_ranks, 0)
     axes.set_yticks([rank + 0.5 for rank in range(schedule.num_ranks)])
     axes.set_yticklabels([f"rank {rank}" for rank in range(schedule.num_ranks)])
-    axes.tick_params(length=0, labelsize=8, labelcolor=_INK)
-    axes.tick_params(axis="x", length=2, color=_FAINT, labelsize=7, labelcolor=_FAINT)
+    axes.tick_params(length=0, labelsize=8, labelcolor=INK)
+    axes.tick_params(axis="x", length=2, color=FAINT, labelsize=7, labelcolor=FAINT)
     axes.spines[:].set_visible(False)
     name, figures = _title(schedule, timeline).split(": ", 1)
-    _note(axes, name, (0, 1), 9, fontsize=12, weight="bold", color=_INK)
-    _note(axes, figures, (1, 1), 9, ha="right", fontsize=9, color=_FAINT)
+    _note(axes, name, (0, 1), 9, fontsize=12, weight="bold", color=INK)
+    _note(axes, figures, (1, 1), 9, ha="right", fontsize=9, color=FAINT)
     _draw_legend(axes, schedule)
 
 
@@ -181,11 +162,11 @@ def _draw_legend(axes: "Axes", schedule: Schedule) -> None:
     actions = {action for step in steps for action in step}
     entries: list[tuple[str, tuple[Patch, ...]]] = []
     for kind in Kind:
-        shades = sorted({_shade(schedule, action) for action in actions if action.kind is kind})
+        shades = sorted({shade(schedule, action) for action in actions if action.kind is kind})
         if shades:
-            entries.append((_NAMES[kind], tuple(Patch(facecolor=_COLOURS[kind][shade]) for shade in shades)))
+            entries.append((NAMES[kind], tuple(Patch(facecolor=COLOURS[kind][index]) for index in shades)))
     if any(len(step) == 2 for step in steps):
-        entries.append(("overlapped", (Patch(facecolor="white", edgecolor=_INK, linewidth=0.9),)))
+        entries.append(("overlapped", (Patch(facecolor="white", edgecolor=INK, linewidth=0.9),)))
     axes.legend(
         [patches for _, patches in entries],
         [name for name, _ in entries],
@@ -196,12 +177,12 @@ def _draw_legend(axes: "Axes", schedule: Schedule) -> None:
         borderpad=0,
         ncols=len(entries),
         fontsize=8,
-        labelcolor=_INK,
+        labelcolor=INK,
         frameon=False,
         handlelength=2.2,
         handleheight=0.9,
         columnspacing=1.6,
     )
-    if any(_shade(schedule, action) for action in actions):
+    if any(shade(schedule, action) for action in actions):
         paler = "the way up the V" if len(schedule.placement.routes) == 1 else "the second direction"
-        _note(axes, f"paler: {paler}", (0, 0), -45, ha="left", fontsize=8, color=_FAINT)
+        _note(axes, f"paler: {paler}", (0, 0), -45, ha="left", fontsize=8, color=FAINT)

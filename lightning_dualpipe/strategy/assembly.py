@@ -200,9 +200,13 @@ class Assembly:
         return {same_as[name]: parameter for name, parameter in self.owner.named_parameters()}
 
     @property
+    def engine(self) -> Engine:
+        return self._forward.engine
+
+    @property
     def peak_held(self) -> int:
         """Most microbatches whose activations this rank held at once, in the last training step."""
-        return self._forward.engine.peak_held
+        return self.engine.peak_held
 
     @property
     def num_microbatches_used(self) -> int | None:

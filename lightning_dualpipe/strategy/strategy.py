@@ -46,6 +46,8 @@ from lightning_dualpipe.parallel.grad_norm import clip_, gradient_norm
 from lightning_dualpipe.parallel.groups import Groups
 from lightning_dualpipe.parallel.layout import ParallelLayout
 from lightning_dualpipe.pipeline.overlap import launch_order
+from lightning_dualpipe.pipeline.record import Recorder
+from lightning_dualpipe.schedules.record import StepRecord
 from lightning_dualpipe.strategy.assembly import Assembly
 from lightning_dualpipe.strategy.checkpoints import PipelineCheckpoints
 from lightning_dualpipe.strategy.checks import check_arguments, check_callbacks, check_model, check_run
@@ -56,6 +58,7 @@ from lightning_dualpipe.strategy.launcher import PipelineLauncher, join_run
 from lightning_dualpipe.strategy.metric_groups import collect_over
 from lightning_dualpipe.strategy.model_summary import summarize_the_whole_model
 from lightning_dualpipe.strategy.reader import PipelineReader, warn_of_stream
+from lightning_dualpipe.strategy.recording import start_recording, stop_recording
 from lightning_dualpipe.strategy.requeue import requeue_between_batches
 
 __all__ = ["DualPipeStrategy"]
@@ -120,6 +123,7 @@ class DualPipeStrategy(PipelineCheckpoints):
         self._backend = process_group_backend
         self._timeout = timeout or default_pg_timeout
         self._groups: Groups | None = None
+        self._recorder: Recorder | None = None
 
     # ---- who and where ------------------------------------------------------------------------
 
@@ -335,6 +339,18 @@ class DualPipeStrategy(PipelineCheckpoints):
         wanted = {id(parameter) for parameter in plugin.main_params(optimizer)}
         named = {name: p for name, p in self.assembly.named_parameters().items() if id(p) in wanted}
         clip_(named, clip_val, self.assembly.replicas, group=self.groups.world)
+
+    def record_step(self) -> None:
+        """Record the next run of the schedule, on all ranks."""
+        assert self.assembly is not None
+        self._recorder = start_recording(self.assembly.engine, self.root_device, self.barrier)
+
+    def recorded_step(self) -> StepRecord | None:
+        """On rank 0, what was recorded of every rank since ``record_step``, if the schedule has run. A collective."""
+        recorder, self._recorder = self._recorder, None
+        if self.assembly is None or recorder is None or (self._alone and self.world_size > 1):
+            return None
+        return stop_recording(self.assembly.engine, recorder, self.layout, self.groups)
 
     # ---- data ---------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """What the command does before torch is needed."""
 
+import json
 import subprocess
 import sys
 
@@ -55,6 +56,15 @@ def test_a_schedule_is_drawn_as_a_picture(suffix: str, capsys: pytest.CaptureFix
     assert said == f"pictures/dualpipe.{suffix}"
     with open(said, "rb") as picture:
         assert picture.read(200).lstrip().startswith({"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[suffix])
+
+
+def test_a_schedule_is_written_as_a_trace(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["draw", "--ranks", "2", "--microbatches", "4", "--output", "traces/dualpipe.json"]) == 0
+    assert capsys.readouterr().out == "traces/dualpipe.json\n"
+    with open("traces/dualpipe.json") as file:
+        slices = [event for event in json.load(file)["traceEvents"] if event["ph"] == "X"]
+    schedule = build_schedule("dualpipe", 2, 4)
+    assert len(slices) == sum(map(len, schedule.steps))
 
 
 REFUSED = {
