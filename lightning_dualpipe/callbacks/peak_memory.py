@@ -2,7 +2,7 @@
 
 from typing import Any
 
-import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
@@ -38,6 +38,10 @@ class PeakMemory(Callback):
 
 def peak_of_ranks(trainer: Trainer) -> list[int]:
     """Bytes, by rank. A collective."""
-    device = trainer.strategy.root_device
-    # not reduced: a pipeline's strategy reduces over its data ranks only, whose stages are the same
-    return trainer.strategy.all_gather(torch.tensor(peak_memory(device), device=device)).flatten().tolist()
+    mine = peak_memory(trainer.strategy.root_device)
+    if not dist.is_initialized():
+        return [mine]
+    found = [0] * dist.get_world_size()
+    # of all ranks: a strategy's own gathering is over its data ranks, whose stages are the same
+    dist.all_gather_object(found, mine)
+    return found

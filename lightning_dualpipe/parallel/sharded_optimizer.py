@@ -24,6 +24,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -154,7 +155,7 @@ class ShardedOptimizer:
         self._own_step = own_step = self.optimizer.step
 
         @functools.wraps(own_step)  # with the marks that learning rate schedulers leave on it
-        def step(closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+        def step(_: Optimizer, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
             result = None
             if closure is not None:
                 with torch.enable_grad():
@@ -162,7 +163,7 @@ class ShardedOptimizer:
             self._step(functools.partial(own_step, *args, **kwargs))
             return result
 
-        vars(self.optimizer)["step"] = step
+        vars(self.optimizer)["step"] = MethodType(step, self.optimizer)  # schedulers made later wrap a method
 
     def release(self) -> None:
         """The optimizer's own step again; states stay as they are."""
