@@ -43,6 +43,8 @@ class Groups:
     data: Group  # token counts, metrics
     data_host: Group
     expert: Group  # tokens on their way to experts and back
+    expert_across: Group  # of these, the ranks at one place of each node
+    expert_within: Group  # and those on one node
 
     @classmethod
     def create(cls, layout: ParallelLayout, rank: int, *, timeout: timedelta | None = None) -> Groups:
@@ -59,6 +61,8 @@ class Groups:
         ranks = range(layout.world)
         pipelines, datas = [layout.pipeline_ranks(r) for r in ranks], [layout.data_ranks(r) for r in ranks]
         world = dist.group.WORLD if layout.world > 1 else None
+        expert = new([layout.expert_ranks(r) for r in ranks], "expert")
+        spans_nodes = (layout.expert_nodes or 1) > 1
         broadcast, data = new(pipelines, "pipeline_broadcast"), new(datas, "data")
         return cls(
             rank=rank,
@@ -71,7 +75,9 @@ class Groups:
             pipeline_host=host(broadcast, pipelines, "pipeline"),
             data=data,
             data_host=host(data, datas, "data"),
-            expert=new([layout.expert_ranks(r) for r in ranks], "expert"),
+            expert=expert,
+            expert_across=new(map(layout.expert_ranks_across, ranks), "expert_across") if spans_nodes else None,
+            expert_within=new(map(layout.expert_ranks_within, ranks), "expert_within") if spans_nodes else expert,
         )
 
 
