@@ -47,7 +47,7 @@ from lightning_dualpipe.parallel.layout import ParallelLayout
 from lightning_dualpipe.pipeline.overlap import launch_order
 from lightning_dualpipe.strategy.assembly import Assembly
 from lightning_dualpipe.strategy.checkpoints import PipelineCheckpoints
-from lightning_dualpipe.strategy.checks import check_arguments, check_model, check_run
+from lightning_dualpipe.strategy.checks import check_arguments, check_model, check_run, dtype_of
 from lightning_dualpipe.strategy.failures import report_failure
 from lightning_dualpipe.strategy.interrupts import exit_as_terminated, stop_between_batches
 from lightning_dualpipe.strategy.launcher import PipelineLauncher, join_run
@@ -72,6 +72,9 @@ class DualPipeStrategy(PipelineCheckpoints):
             is at least twice the pipeline size. More pieces mean a smaller idle share.
         overlap: compute one microbatch while the tokens of another travel to their experts. Off, every layer waits
             for its own tokens; results are the same.
+        dispatcher: the way of tokens to their experts. ``all_to_all`` sends one row for each of them and has the bits
+            of one rank; ``node`` sends a token once to each node and rank; ``deepep`` does that with DeepEP's kernels.
+            ``"auto"`` takes the best that can run here, and says why.
         process_group_backend: ``nccl`` on GPUs and ``gloo`` on CPUs by default.
         timeout: how long a collective may wait before the run is given up.
     """
@@ -85,6 +88,7 @@ class DualPipeStrategy(PipelineCheckpoints):
         schedule: Literal["dualpipe", "dualpipev", "zb1p", "1f1b", "gpipe"] = "dualpipe",
         num_microbatches: int | Literal["auto"] = "auto",
         overlap: bool = True,
+        dispatcher: Literal["auto", "all_to_all", "node", "deepep"] = "auto",
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         accelerator: Accelerator | None = None,
@@ -93,7 +97,7 @@ class DualPipeStrategy(PipelineCheckpoints):
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
-        check_arguments(pipeline_parallel_size, expert_parallel_size, schedule, num_microbatches)
+        check_arguments(pipeline_parallel_size, expert_parallel_size, schedule, num_microbatches, dispatcher)
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -106,6 +110,7 @@ class DualPipeStrategy(PipelineCheckpoints):
         self.schedule = schedule
         self.num_microbatches = num_microbatches
         self.overlap = overlap
+        self.dispatcher = dispatcher
         self.num_nodes = 1
         self.assembly = None
         self._backend = process_group_backend
@@ -119,7 +124,12 @@ class DualPipeStrategy(PipelineCheckpoints):
     def layout(self) -> ParallelLayout:
         """The places of all ranks; known as soon as the number of processes is."""
         pipeline = self.num_processes if self.pipeline_parallel_size == "auto" else self.pipeline_parallel_size
-        return ParallelLayout(world=self.world_size, pipeline=pipeline, expert=self.expert_parallel_size)
+        return ParallelLayout(
+            world=self.world_size,
+            pipeline=pipeline,
+            expert=self.expert_parallel_size,
+            per_node=self.num_processes or None,
+        )
 
     @property
     def _module(self) -> LightningModule:
@@ -191,6 +201,7 @@ class DualPipeStrategy(PipelineCheckpoints):
         check_run(
             self.schedule,
             self.layout,
+            dispatcher=self.dispatcher,
             devices=self.parallel_devices or [],
             precision=str(self.precision_plugin.precision),
             syncs_batchnorm=getattr(self, "_layer_sync", None) is not None,
@@ -247,6 +258,8 @@ class DualPipeStrategy(PipelineCheckpoints):
                 schedule=self.schedule,
                 num_microbatches=self.num_microbatches,
                 order=launch_order(self.root_device) if self.overlap else None,
+                dispatcher=self.dispatcher,
+                dtype=dtype_of(str(self.precision_plugin.precision)),
                 device=self.root_device,
                 context=lambda: self.precision_plugin.forward_context(),
                 convert=self.precision_plugin.convert_module,
