@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lightning_dualpipe.interface import Values
 
-__all__ = ["Crossing", "RowFlight", "agree"]
+__all__ = ["Crossing", "RowFlight", "agree", "used_here"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,14 +69,19 @@ class RowFlight:
             work.wait()
         landed = self._arriving
         self._leaving, self._arriving, self._works = (), (), []
-        for tensor in landed:
-            if tensor.is_cuda:  # its memory may belong to the stream it was launched from
-                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        used_here(*landed)
         return *landed, *self.beside
 
     def back(self, gradients: Values) -> RowFlight:
         nothing = (None,) * len(self.beside)
         return self.crossing.reversed().launch(*gradients[: self.num_tensors], beside=nothing)
+
+
+def used_here(*tensors: Tensor) -> None:
+    """On the current stream of a GPU, while their memory may belong to the stream they were launched from."""
+    for tensor in tensors:
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 def agree(counts_SE: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Crossing]:

@@ -15,6 +15,8 @@ the same bits:
     send: all-to-all                rows lie in the order of the ranks they came from
     unpack: regroup                 rows lie in the order of experts, and of (rank, token) within one
 
+Others send fewer rows and sum in another order: ``node_dispatch``, ``deepep``.
+
 Weights are applied on the expert side, so combine is a plain sum, and dispatch and combine are each
 other's backward: what one spreads, the other sums. No token is ever dropped.
 
@@ -38,7 +40,14 @@ from lightning_dualpipe.parallel.all_to_all import Crossing, agree
 from lightning_dualpipe.parallel.flight import fly
 from lightning_dualpipe.parallel.rows import RowOrder, invert, permute_rows
 
-__all__ = ["AllToAllDispatcher", "LocalDispatcher", "Routing", "SpreadsExperts", "TokenDispatcher"]
+__all__ = [
+    "AllToAllDispatcher",
+    "LocalDispatcher",
+    "Routing",
+    "SpreadsExperts",
+    "TokenDispatcher",
+    "experts_per_rank",
+]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,7 +93,7 @@ class TokenDispatcher(ABC):
 
     @abstractmethod
     def collect(self, rows: Tensor, routing: Routing) -> Tensor:
-        """``y_ND``: the sum over the K rows of each token, in the order of k."""
+        """``y_ND``: the sum over the K rows of each token, in a fixed order."""
 
     def dispatch(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> tuple[Tensor, Tensor, Routing]:
         """``(x_RD, weights_R, routing)`` of ``unpack``. Differentiable in ``x_ND`` and ``weights_NK``."""
@@ -151,6 +160,19 @@ class LocalDispatcher(TokenDispatcher):
         return rows, routing
 
 
+def experts_per_rank(num_experts: int, group: dist.ProcessGroup) -> int:
+    """
+    Raises:
+        ConfigurationError: experts do not divide.
+    """
+    if num_experts % group.size():
+        raise ConfigurationError(
+            f"{num_experts} experts cannot be spread evenly over {group.size()} ranks; "
+            "expert_parallel_size must divide the number of routed experts"
+        )
+    return num_experts // group.size()
+
+
 class AllToAllDispatcher(TokenDispatcher):
     """Rank r of ``group`` holds the experts ``[r * num_local_experts, (r + 1) * num_local_experts)``.
 
@@ -161,12 +183,7 @@ class AllToAllDispatcher(TokenDispatcher):
     crosses_ranks = True
 
     def __init__(self, num_experts: int, group: dist.ProcessGroup) -> None:
-        if num_experts % group.size():
-            raise ConfigurationError(
-                f"{num_experts} experts cannot be spread evenly over {group.size()} ranks; "
-                "expert_parallel_size must divide the number of routed experts"
-            )
-        self.num_local_experts = num_experts // group.size()
+        self.num_local_experts = experts_per_rank(num_experts, group)
         self.first_local_expert = group.rank() * self.num_local_experts
         self._group = group
 

@@ -44,6 +44,8 @@ class Groups:
     data: Group  # token counts, metrics
     data_host: Group
     expert: Group  # tokens on their way to experts and back
+    expert_across: Group  # of these, the ranks at one place of each node
+    expert_within: Group  # and those on one node
 
     @classmethod
     def create(
@@ -71,6 +73,8 @@ class Groups:
         ranks = range(layout.world)
         pipelines, datas = [layout.pipeline_ranks(r) for r in ranks], [layout.data_ranks(r) for r in ranks]
         world = dist.group.WORLD if layout.world > 1 else None
+        expert = new([layout.expert_ranks(r) for r in ranks], "expert")
+        spans_nodes = (layout.expert_nodes or 1) > 1
         broadcast, data = new(pipelines, "pipeline_broadcast"), new(datas, "data")
         pipeline = new(pipelines, "pipeline")
         if pipeline is not None and dist.get_backend(pipeline) != "gloo":
@@ -87,7 +91,9 @@ class Groups:
             pipeline_host=host(broadcast, pipelines, "pipeline"),
             data=data,
             data_host=host(data, datas, "data"),
-            expert=new([layout.expert_ranks(r) for r in ranks], "expert"),
+            expert=expert,
+            expert_across=new(map(layout.expert_ranks_across, ranks), "expert_across") if spans_nodes else None,
+            expert_within=new(map(layout.expert_ranks_within, ranks), "expert_within") if spans_nodes else expert,
         )
 
 

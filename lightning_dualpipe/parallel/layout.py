@@ -31,6 +31,7 @@ class ParallelLayout:
     _: KW_ONLY
     pipeline: int = 1
     expert: int = 1
+    per_node: int | None = None  # neighbouring ranks that share a node; None: all of them
 
     @property
     def data(self) -> int:
@@ -41,6 +42,14 @@ class ParallelLayout:
     def expert_data(self) -> int:
         """Number of expert groups at one pipeline rank: copies of each expert."""
         return self.data // self.expert
+
+    @property
+    def expert_nodes(self) -> int | None:
+        """Nodes that an expert group spans, with equally many of its ranks on each; None if that cannot be said."""
+        per_node = self.per_node or self.world
+        if per_node % self.expert == 0:  # an expert group starts at a multiple of its size
+            return 1
+        return self.expert // per_node if self.expert % per_node == 0 else None
 
     def check(self, *, num_experts: int | None = None) -> None:
         """Raise one ``ConfigurationError`` that names everything wrong with these sizes."""
@@ -83,6 +92,17 @@ class ParallelLayout:
         """The ranks that together hold each expert of their layers once."""
         first = rank - self.expert_rank(rank)
         return tuple(range(first, first + self.expert))
+
+    def expert_ranks_within(self, rank: int) -> tuple[int, ...]:
+        """Of its expert ranks, those on the node of ``rank``."""
+        within = self.expert // (self.expert_nodes or 1)
+        first = rank - rank % within
+        return tuple(range(first, first + within))
+
+    def expert_ranks_across(self, rank: int) -> tuple[int, ...]:
+        """Of its expert ranks, one on each node: those with the place that ``rank`` has on its own."""
+        within = self.expert // (self.expert_nodes or 1)
+        return self.expert_ranks(rank)[rank % within :: within]
 
     def expert_data_ranks(self, rank: int) -> tuple[int, ...]:
         """The data ranks that hold the same experts."""

@@ -15,17 +15,20 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_dualpipe.checkpoint.store import CheckpointStore
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.interface import InitializesWeights, Layer, PipelineModel, WeightGradients, as_layers
-from lightning_dualpipe.parallel.dispatch import AllToAllDispatcher, SpreadsExperts
+from lightning_dualpipe.parallel.choice import GroupsExperts, choose_dispatcher, node_hints
+from lightning_dualpipe.parallel.dispatch import SpreadsExperts, TokenDispatcher
 from lightning_dualpipe.parallel.early_sums import GradientSums
 from lightning_dualpipe.parallel.groups import Groups
 from lightning_dualpipe.parallel.layout import ParallelLayout
+from lightning_dualpipe.parallel.node_dispatch import NodeDispatcher
 from lightning_dualpipe.parallel.replicas import ReplicaGroups
+from lightning_dualpipe.parallel.traffic import Traffic
 from lightning_dualpipe.pipeline.engine import Engine
 from lightning_dualpipe.pipeline.forward import PipelinedForward
 from lightning_dualpipe.pipeline.overlap import ORDERS, LaunchOrder
@@ -138,6 +141,8 @@ class Assembly:
 
     Args:
         order: who goes on when a forward and a backward run at once; None: layers wait for their own communication.
+        dispatcher: the way of tokens to their experts, by its name in ``parallel.choice``.
+        dtype: what layers compute in.
         convert: the precision plugin's conversion of modules.
         context: what a forward of a stage runs in.
         main_gradients: whether parameters in half precision have float32 gradients.
@@ -157,6 +162,8 @@ class Assembly:
         context: Callable[[], AbstractContextManager[object]],
         convert: Callable[[nn.Module], nn.Module],
         main_gradients: bool,
+        dispatcher: str = "auto",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.owner = owner
         self._module, self.model = find_pipeline_model(owner)
@@ -167,10 +174,12 @@ class Assembly:
         if _PART not in vars(self._module):
             check_experts(owner, layout)
         made_for = _described(schedule, layout)
+        routers = [module for module in owner.modules() if isinstance(module, GroupsExperts)]  # of all layers
         self.part = Part.cut(
             owner, self._module, self.model, self._placement, rank=self._pipeline_rank, made_for=made_for
         )
-        self._spread_experts()
+        self._dispatchers: list[TokenDispatcher] = []
+        self._spread_experts(dispatcher, routers, device, dtype)
         filled = self._fill(device)
         convert(owner)
         owner.to(device)
@@ -213,6 +222,12 @@ class Assembly:
         """Pieces of the last training batch; None before the first."""
         return self._forward.num_microbatches_used
 
+    @property
+    def expert_traffic(self) -> Traffic:
+        """What all dispatches of this rank have sent; counted by ``dispatcher="node"`` alone."""
+        counted = (each.traffic for each in self._dispatchers if isinstance(each, NodeDispatcher))
+        return sum(counted, Traffic())
+
     def attach(self) -> None:
         """From now on, calling the model runs the pipeline."""
         self.detach()
@@ -231,13 +246,21 @@ class Assembly:
 
     # ---- steps of the constructor -------------------------------------------------------------
 
-    def _spread_experts(self) -> None:
+    def _spread_experts(
+        self, dispatcher: str, routers: Sequence[GroupsExperts], device: torch.device, dtype: torch.dtype
+    ) -> None:
         if self._layout.expert == 1:
             return
-        spread = [module for module in self.owner.modules() if isinstance(module, SpreadsExperts)]
-        for module in spread:
-            assert self._groups.expert is not None
-            module.use_dispatcher(AllToAllDispatcher(module.num_experts, self._groups.expert))
+        chosen = choose_dispatcher(dispatcher, self._layout, device=device, dtype=dtype)
+        if routers:
+            rank_zero_info(str(chosen))
+        for hint in node_hints(routers, self._layout):
+            rank_zero_warn(hint)
+        build = chosen.build(self._groups)
+        for module in self.owner.modules():
+            if isinstance(module, SpreadsExperts):
+                self._dispatchers.append(build(module.num_experts))
+                module.use_dispatcher(self._dispatchers[-1])
 
     def _fill(self, device: torch.device) -> set[str]:
         """Names of the tensors that had no memory, and whose values follow from their names now."""

@@ -16,16 +16,22 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.interface import as_layers
+from lightning_dualpipe.parallel.choice import DISPATCHERS, why_not
 from lightning_dualpipe.parallel.layout import ParallelLayout
 from lightning_dualpipe.pipeline.partition import Whole, partition
 from lightning_dualpipe.schedules import SCHEDULES, build_schedule
 from lightning_dualpipe.strategy.assembly import check_experts, find_pipeline_model, program_name
 
-__all__ = ["check_arguments", "check_callbacks", "check_model", "check_run"]
+__all__ = ["check_arguments", "check_callbacks", "check_model", "check_run", "dtype_of"]
 
 
 def check_arguments(
-    pipeline: int | Literal["auto"], expert: int, schedule: str, num_microbatches: int | Literal["auto"], precision: str
+    pipeline: int | Literal["auto"],
+    expert: int,
+    schedule: str,
+    num_microbatches: int | Literal["auto"],
+    precision: str,
+    dispatcher: str,
 ) -> None:
     problems = [
         f"{name}={value!r} must be a positive whole number{or_auto}"
@@ -40,6 +46,8 @@ def check_arguments(
         problems.append(f"schedule={schedule!r} is not one of {', '.join(SCHEDULES)}")
     if precision not in ("32", "parameters"):
         problems.append(f"optimizer_precision={precision!r} is neither '32' nor 'parameters'")
+    if dispatcher not in DISPATCHERS:
+        problems.append(f"dispatcher={dispatcher!r} is not one of {', '.join(DISPATCHERS)}")
     if problems:
         raise ConfigurationError.of("DualPipeStrategy cannot be built", problems)
 
@@ -48,6 +56,7 @@ def check_run(
     schedule: str,
     layout: ParallelLayout,
     *,
+    dispatcher: str,
     devices: Sequence[torch.device],
     precision: str,
     syncs_batchnorm: bool,
@@ -85,8 +94,18 @@ def check_run(
             f"precision={precision!r} would let ranks skip different steps, and sums of losses overflow float16; "
             "use precision='bf16-mixed' or 'bf16-true'"
         )
+    if devices and layout.expert > 1 and not layout.problems():
+        refused = why_not(dispatcher, layout, device=devices[0], dtype=dtype_of(precision))
+        problems += [refused] if refused else []
     if problems:
         raise ConfigurationError.of(f"strategy {schedule!r} cannot run", problems)
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """What layers compute in; under autocast what passes between them has the parameters' type."""
+    if precision == "transformer-engine":
+        return torch.bfloat16
+    return {"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(precision, torch.float32)
 
 
 def check_model(owner: LightningModule, schedule: str, layout: ParallelLayout) -> None:

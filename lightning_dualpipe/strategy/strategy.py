@@ -50,7 +50,7 @@ from lightning_dualpipe.pipeline.record import Recorder
 from lightning_dualpipe.schedules.record import StepRecord
 from lightning_dualpipe.strategy.assembly import Assembly
 from lightning_dualpipe.strategy.checkpoints import PipelineCheckpoints
-from lightning_dualpipe.strategy.checks import check_arguments, check_callbacks, check_model, check_run
+from lightning_dualpipe.strategy.checks import check_arguments, check_callbacks, check_model, check_run, dtype_of
 from lightning_dualpipe.strategy.configured import clear_gradients_early, optimizers_may_be_empty
 from lightning_dualpipe.strategy.failures import report_failure
 from lightning_dualpipe.strategy.interrupts import exit_as_terminated, stop_between_batches
@@ -79,10 +79,11 @@ class DualPipeStrategy(PipelineCheckpoints):
             is at least twice the pipeline size (four where only experts are spread). More pieces mean a smaller
             idle share.
         optimizer_precision: of gradients, and of the weights that optimizers update, where parameters are in half
-            precision: ``"32"`` keeps both in float32, and parameters are rounded copies; ``"parameters"`` keeps the
-            parameters' own.
+            precision: ``"32"``, of which parameters are rounded copies, or the ``"parameters"``' own.
         overlap: compute one microbatch while the tokens of another travel to their experts. Off, every layer waits
             for its own tokens; results are the same.
+        dispatcher: the way of tokens to their experts, by its name in ``parallel.choice``; ``"auto"`` takes the best
+            that can run here, and says why.
         process_group_backend: ``nccl`` on GPUs and ``gloo`` on CPUs by default.
         timeout: how long a collective may wait before the run is given up.
     """
@@ -97,6 +98,7 @@ class DualPipeStrategy(PipelineCheckpoints):
         num_microbatches: int | Literal["auto"] = "auto",
         overlap: bool = True,
         optimizer_precision: Literal["32", "parameters"] = "32",
+        dispatcher: Literal["auto", "all_to_all", "node", "deepep"] = "auto",
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         accelerator: Accelerator | None = None,
@@ -105,7 +107,9 @@ class DualPipeStrategy(PipelineCheckpoints):
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
-        check_arguments(pipeline_parallel_size, expert_parallel_size, schedule, num_microbatches, optimizer_precision)
+        check_arguments(
+            pipeline_parallel_size, expert_parallel_size, schedule, num_microbatches, optimizer_precision, dispatcher
+        )
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -119,6 +123,7 @@ class DualPipeStrategy(PipelineCheckpoints):
         self.num_microbatches = num_microbatches
         self.overlap = overlap
         self.optimizer_precision = optimizer_precision
+        self.dispatcher = dispatcher
         self.num_nodes = 1
         self._backend = process_group_backend
         self._timeout = timeout or default_pg_timeout
@@ -131,7 +136,12 @@ class DualPipeStrategy(PipelineCheckpoints):
     def layout(self) -> ParallelLayout:
         """The places of all ranks; known as soon as the number of processes is."""
         pipeline = self.num_processes if self.pipeline_parallel_size == "auto" else self.pipeline_parallel_size
-        return ParallelLayout(world=self.world_size, pipeline=pipeline, expert=self.expert_parallel_size)
+        return ParallelLayout(
+            world=self.world_size,
+            pipeline=pipeline,
+            expert=self.expert_parallel_size,
+            per_node=self.num_processes or None,
+        )
 
     @property
     def _module(self) -> LightningModule:
@@ -203,6 +213,7 @@ class DualPipeStrategy(PipelineCheckpoints):
         check_run(
             self.schedule,
             self.layout,
+            dispatcher=self.dispatcher,
             devices=self.parallel_devices or [],
             precision=str(self.precision_plugin.precision),
             syncs_batchnorm=getattr(self, "_layer_sync", None) is not None,
@@ -262,6 +273,8 @@ class DualPipeStrategy(PipelineCheckpoints):
                 schedule=self.schedule,
                 num_microbatches=self.num_microbatches,
                 order=launch_order(self.root_device) if self.overlap else None,
+                dispatcher=self.dispatcher,
+                dtype=dtype_of(str(self.precision_plugin.precision)),
                 device=self.root_device,
                 context=lambda: self.precision_plugin.forward_context(),
                 convert=self.precision_plugin.convert_module,

@@ -60,6 +60,7 @@ def cut(
     num_microbatches: int,
     order: str | None = "eager",
     bias: Sequence[float] = AFTER_SOME_TRAINING,
+    dispatcher: str = "auto",
     recompute: Recompute = "none",
 ) -> tuple[float, Mapping[str, tuple[range | None, Tensor]], int, list[list[int]]]:
     owner = build(bias, recompute)
@@ -75,6 +76,8 @@ def cut(
         context=nullcontext,
         main_gradients=False,
         convert=lambda module: module,
+        dispatcher=dispatcher,
+        dtype=torch.float64,
     )
     assembly.attach()
     whole, share = build_batch(samples), samples // layout.data
@@ -108,7 +111,16 @@ def test_gradients_are_those_of_the_uncut_model(
 @pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev"])
 def test_in_whatever_order_a_pair_is_launched(schedule: str, order: str | None, bias: Sequence[float]) -> None:
     """None: nothing overlaps."""
-    check(schedule, 2, 2, 6, order=order, bias=bias)
+    check(schedule, 2, 2, 6, order=order, bias=bias, dispatcher="all_to_all")
+
+
+@pytest.mark.parametrize("bias", [AFTER_SOME_TRAINING, STARVING_RANK_1], ids=["uneven", "starved"])
+@pytest.mark.parametrize("order", [*ORDERS, None])
+@pytest.mark.parametrize(("pipeline", "expert", "per_node"), [(1, 4, 2), (2, 2, 1), (2, 2, 2)])
+def test_tokens_that_cross_to_each_node_once(
+    pipeline: int, expert: int, per_node: int, order: str | None, bias: Sequence[float]
+) -> None:
+    check("dualpipe", pipeline, expert, 6, order=order, bias=bias, dispatcher="node", per_node=per_node)
 
 
 def check(
@@ -119,13 +131,15 @@ def check(
     *,
     order: str | None = "eager",
     bias: Sequence[float] = AFTER_SOME_TRAINING,
+    dispatcher: str = "auto",
+    per_node: int | None = None,
 ) -> None:
-    layout = ParallelLayout(pipeline * expert, pipeline=pipeline, expert=expert)
+    layout = ParallelLayout(pipeline * expert, pipeline=pipeline, expert=expert, per_node=per_node)
     samples = num_microbatches * expert
     loss, expected, counts = uncut(samples, bias)
     assert (bias is STARVING_RANK_1) == (not any(sum(each[2:]) for each in counts))
 
-    results = run_ranks(layout.world, cut, schedule, layout, samples, num_microbatches, order, bias)
+    results = run_ranks(layout.world, cut, schedule, layout, samples, num_microbatches, order, bias, dispatcher)
 
     seen = {name: torch.zeros(len(gradient), dtype=torch.bool) for name, gradient in expected.items()}
     for rank_loss, gradients, *_ in results:
@@ -143,7 +157,7 @@ def check(
 def test_recomputing_changes_no_bit_though_weight_gradients_wait_and_experts_are_spread(schedule: str) -> None:
     layout = ParallelLayout(4, pipeline=2, expert=2)
     want, *others = (
-        run_ranks(layout.world, cut, schedule, layout, 8, 4, "eager", AFTER_SOME_TRAINING, recompute)
+        run_ranks(layout.world, cut, schedule, layout, 8, 4, "eager", AFTER_SOME_TRAINING, "auto", recompute)
         for recompute in ("none", "selective", "full")
     )
     for results in others:

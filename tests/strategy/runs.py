@@ -46,6 +46,7 @@ class Run:
 
     strategy: Mapping[str, Any] | None = None
     world: int = 1
+    nodes: int = 1  # as Lightning sees them
     steps: int = 30
     precision: str = "64-true"
     accumulate: int = 1
@@ -108,11 +109,12 @@ def train(rank: int, run: Run) -> Result:
 def build(
     rank: int, run: Run, *, callbacks: Sequence[L.Callback] = ()
 ) -> tuple[L.Trainer, L.LightningModule, TextDataModule]:
-    pretend_torchrun(rank, run.world)
+    pretend_torchrun(rank, run.world, run.nodes)
     L.seed_everything(7, verbose=False)
     trainer = L.Trainer(
         accelerator="cpu",
-        devices=run.world,
+        devices=run.world // run.nodes,
+        num_nodes=run.nodes,
         strategy="auto" if run.strategy is None else DualPipeStrategy(**run.strategy),
         precision=run.precision,  # type: ignore[arg-type]
         max_steps=run.steps,
@@ -167,15 +169,15 @@ def write_corpus(folder: Path) -> str:
     return str(path)
 
 
-def pretend_torchrun(rank: int, world: int) -> None:
+def pretend_torchrun(rank: int, world: int, nodes: int = 1) -> None:
     """The process group is there already; Lightning reads its place from torchrun's variables."""
     if world > 1:
         os.environ |= {
             "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
+            "LOCAL_RANK": str(rank % (world // nodes)),
             "WORLD_SIZE": str(world),
-            "LOCAL_WORLD_SIZE": str(world),
-            "GROUP_RANK": "0",
+            "LOCAL_WORLD_SIZE": str(world // nodes),
+            "GROUP_RANK": str(rank // (world // nodes)),
             "MASTER_ADDR": "localhost",
             "MASTER_PORT": "0",
             "TORCHELASTIC_RUN_ID": "tests",

@@ -28,6 +28,10 @@ from tests.strategy.runs import QUIET, SHAPE, pretend_torchrun
 
 STRATEGIES: Mapping[str, tuple[Mapping[str, Any], str]] = {
     "unknown schedule": ({"schedule": "zb2"}, "schedule='zb2' is not one of dualpipe, dualpipev, zb1p, 1f1b, gpipe"),
+    "unknown dispatcher": (
+        {"dispatcher": "deep_ep"},
+        "dispatcher='deep_ep' is not one of auto, all_to_all, node, deepep",
+    ),
     "no pipeline": (
         {"pipeline_parallel_size": 0},
         "pipeline_parallel_size=0 must be a positive whole number or 'auto'",
@@ -75,6 +79,18 @@ TRAINERS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any], str]] = {  # 
         {"devices": 4},
         "expert_parallel_size=4 does not divide the 2 data ranks that experts are spread over (4 processes / "
         "pipeline_parallel_size=2); use one of 1, 2",
+    ),
+    "DeepEP without a GPU": (
+        {"pipeline_parallel_size": 1, "expert_parallel_size": 2, "dispatcher": "deepep"},
+        {"devices": 2},
+        "dispatcher='deepep' cannot run: DeepEP needs CUDA devices, and this run computes on cpu; dispatcher='auto' "
+        "takes what can",
+    ),
+    "expert groups that lie unevenly on nodes": (
+        {"pipeline_parallel_size": 1, "expert_parallel_size": 3, "dispatcher": "node"},
+        {"devices": 2, "num_nodes": 3},
+        "dispatcher='node' cannot run: expert_parallel_size=3 ranks do not lie evenly on nodes of 2; use a divisor or "
+        "a multiple of that; dispatcher='auto' takes what can",
     ),
     "sync_batchnorm": (
         {},

@@ -25,9 +25,15 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # name -> number of processe
     "dualpipe pp2 ep2": (4, {"schedule": "dualpipe", "pipeline_parallel_size": 2, "expert_parallel_size": 2}),
     "pp1 ep2": (2, {"pipeline_parallel_size": 1, "expert_parallel_size": 2}),
     "pp1 ep4": (4, {"pipeline_parallel_size": 1, "expert_parallel_size": 4}),
+    "pp1 ep4 on two nodes": (4, {"pipeline_parallel_size": 1, "expert_parallel_size": 4}),
+    "pp1 ep4, one row per expert": (
+        4,
+        {"pipeline_parallel_size": 1, "expert_parallel_size": 4, "dispatcher": "all_to_all"},
+    ),
     "dualpipe pp2, 1 microbatch": (2, {"pipeline_parallel_size": 2, "num_microbatches": 1}),
     "dualpipe pp4, 2 microbatches": (4, {"pipeline_parallel_size": 4, "num_microbatches": 2}),
 }
+NODES = {"pp1 ep4 on two nodes": 2}
 VARIANTS: dict[str, dict[str, Any]] = {  # name -> what is different from the plain Run
     "accumulation over 2 batches": {"accumulate": 2, "steps": 15},
     "a user's own model": {"model": "gpt"},
@@ -55,7 +61,7 @@ def in_one_process(run: Run) -> Result:
 
 
 def check_equal(run: Run, *, tolerance: float) -> None:
-    alone = in_one_process(replace(run, strategy=None, world=1))
+    alone = in_one_process(replace(run, strategy=None, world=1, nodes=1))
     results = train_everywhere(run)
 
     losses, norms = same_everywhere(results), torch.tensor(results[0].norms, dtype=torch.float64)
@@ -71,7 +77,7 @@ def check_equal(run: Run, *, tolerance: float) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_losses_norms_and_routing_are_those_of_one_process(layout: str, corpus: str) -> None:
     world, strategy = LAYOUTS[layout]
-    check_equal(Run(strategy=strategy, world=world, corpus=corpus), tolerance=1e-9)
+    check_equal(Run(strategy=strategy, world=world, nodes=NODES.get(layout, 1), corpus=corpus), tolerance=1e-9)
 
 
 @pytest.mark.parametrize(
