@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -48,8 +49,10 @@ class Groups:
     def create(cls, layout: ParallelLayout, rank: int, *, timeout: timedelta | None = None) -> Groups:
         """The groups of ``rank``. All ranks of the world call this together; a world of one needs no set-up."""
 
-        def new(members: Iterable[tuple[int, ...]], what: str, *, backend: str | None = None) -> Group:
-            created = create_groups(sorted(set(members)), what=what, timeout=timeout, backend=backend)
+        def new(
+            members: Iterable[tuple[int, ...]], what: str, *, backend: str | None = None, urgent: bool = False
+        ) -> Group:
+            created = create_groups(sorted(set(members)), what=what, timeout=timeout, backend=backend, urgent=urgent)
             return next(iter(created.values()), None)
 
         def host(like: Group, members: Iterable[tuple[int, ...]], what: str) -> Group:
@@ -66,12 +69,12 @@ class Groups:
             timeout=timeout,
             world=world,
             world_host=host(world, [tuple(ranks)], "world"),
-            pipeline=new(pipelines, "pipeline"),
+            pipeline=new(pipelines, "pipeline", urgent=True),
             pipeline_broadcast=broadcast,
             pipeline_host=host(broadcast, pipelines, "pipeline"),
             data=data,
             data_host=host(data, datas, "data"),
-            expert=new([layout.expert_ranks(r) for r in ranks], "expert"),
+            expert=new([layout.expert_ranks(r) for r in ranks], "expert", urgent=True),
         )
 
 
@@ -81,15 +84,30 @@ def create_groups(
     what: str,
     timeout: timedelta | None = None,
     backend: str | None = None,
+    urgent: bool = False,
 ) -> dict[tuple[int, ...], dist.ProcessGroup]:
     """One group for each tuple of ranks; returns those with this rank in it.
 
     Every rank of the world passes the same tuples in the same order. A tuple of one rank gets no group.
+
+    Args:
+        urgent: what it carries goes before a computation that has the GPU to itself.
     """
     mine = {}
     for ranks in members:
         if len(ranks) > 1:
-            group = dist.new_group(list(ranks), timeout=timeout, backend=backend, group_desc=what)
+            options = _at_high_priority(timeout) if urgent and (backend or dist.get_backend()) == "nccl" else None
+            group = dist.new_group(list(ranks), timeout=timeout, backend=backend, pg_options=options, group_desc=what)
             if dist.get_rank() in ranks:
                 mine[ranks] = group
     return mine
+
+
+def _at_high_priority(timeout: timedelta | None) -> Any:
+    """NCCL computes on streams of its own, whatever stream it is called from, and those are of low priority:
+    it would wait until the matrix product that fills the GPU leaves it a place.
+    """
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    if timeout is not None:
+        options._timeout = timeout  # else torch warns that it sets it
+    return options
