@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.leaks import SESSION_ID, SESSION_NAME, Leaks
+from tests.marks import skip_without_gpus
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,6 +39,12 @@ def pytest_configure() -> None:
     os.mkdir(os.environ["XDG_CACHE_HOME"])
     # After multiprocessing, which keeps the forkserver's socket there and has priority -100.
     Finalize(None, shutil.rmtree, args=(tempfile.tempdir,), kwargs={"ignore_errors": True}, exitpriority=-200)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for mark in item.iter_markers("gpu"):
+            item.add_marker(skip_without_gpus(*mark.args))
 
 
 @pytest.fixture(autouse=True)

@@ -3,14 +3,14 @@
     @needs_cuda
     @needs("transformers")
 
-Where it is not there, the test is skipped and this is the reason shown.
+Where it is not there, the test is skipped and this is the reason shown. ``pytest -m gpu`` runs what needs a GPU.
 """
 
 from importlib.util import find_spec
 
 import pytest
 
-__all__ = ["needs", "needs_cuda", "needs_gpus", "needs_te"]
+__all__ = ["needs", "needs_cuda", "needs_gpus", "needs_te", "skip_without_gpus"]
 
 
 def needs(package: str) -> pytest.MarkDecorator:
@@ -18,6 +18,10 @@ def needs(package: str) -> pytest.MarkDecorator:
 
 
 def needs_gpus(count: int) -> pytest.MarkDecorator:
+    return pytest.mark.gpu(count)  # tests/conftest.py adds the following
+
+
+def skip_without_gpus(count: int = 1) -> pytest.MarkDecorator:
     # A string is evaluated when the test is due: tests that need no torch then do not import it.
     too_few = f"__import__('torch').cuda.device_count() < {count}"
     return pytest.mark.skipif(too_few, reason=f"needs {count} CUDA device{'s' if count > 1 else ''}")

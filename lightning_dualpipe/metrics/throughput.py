@@ -5,6 +5,7 @@
 A token counts once, wherever in a pipeline it passes: all ranks of a pipeline work on the same batch.
 """
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -13,7 +14,9 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from torch import Tensor
 
-__all__ = ["CountsFlops", "TokenRate", "flops_utilization", "num_tokens"]
+from lightning_dualpipe.planner.hardware import HARDWARE
+
+__all__ = ["CountsFlops", "TokenRate", "flops_utilization", "num_tokens", "peak_flops"]
 
 
 @runtime_checkable
@@ -70,5 +73,20 @@ def num_tokens(batch: Any) -> int:
 
 def flops_utilization(flops_per_second: float, *, device: torch.device, dtype: torch.dtype) -> float | None:
     """Share of the device's peak at ``dtype``; None where the peak is not known, as of any CPU."""
-    peak = get_available_flops(device, dtype) if device.type == "cuda" else None
+    peak = peak_flops(device, dtype)
     return flops_per_second / peak if peak else None
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Dense FLOP/s by the data sheet; None where nobody knows."""
+    if device.type != "cuda":
+        return None
+    known = _bf16_peak(torch.cuda.get_device_name(device)) if dtype == torch.bfloat16 else None
+    return known or get_available_flops(device, dtype)
+
+
+def _bf16_peak(name: str) -> float | None:
+    """By the planner's table, of SXM modules. Lightning does not know an "NVIDIA H200", and counts sparsity there."""
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    found = [HARDWARE[word].bf16_peak for word in words if word in HARDWARE and word != "cpu"]
+    return found[0] if found and not {"pcie", "nvl"} & set(words) else None

@@ -25,8 +25,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_dualpipe.interface import Values
+from lightning_dualpipe.parallel.flight import used_here
 
-__all__ = ["Crossing", "RowFlight", "agree", "used_here"]
+__all__ = ["Crossing", "RowFlight", "agree"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,7 +46,7 @@ class Crossing:
         leaving = tuple(tensor.contiguous() for tensor in tensors)
         arriving = tuple(x.new_empty(sum(self.received), *x.shape[1:]) for x in leaving)
         works = [self._start(out, x) for out, x in zip(arriving, leaving, strict=True)]
-        return RowFlight(self, tuple(beside), len(tensors), leaving, arriving, works)
+        return RowFlight(self, tuple(beside), len(tensors), (*tensors, *leaving), arriving, works)
 
     def _start(self, out: Tensor, x: Tensor) -> dist.Work:
         work = dist.all_to_all_single(out, x, self.received, self.sent, group=self.group, async_op=True)
@@ -60,7 +61,7 @@ class RowFlight:
     crossing: Crossing
     beside: Values
     num_tensors: int
-    _leaving: tuple[Tensor, ...]  # must live until they have left
+    _leaving: tuple[Tensor, ...]  # must live until they have left, and what they are copies of until they are copied
     _arriving: tuple[Tensor, ...]
     _works: list[dist.Work] = field(repr=False)
 
@@ -68,20 +69,13 @@ class RowFlight:
         for work in self._works:
             work.wait()
         landed = self._arriving
+        used_here(*self._leaving, *landed)  # this stream has waited for the copies, the one they were made on has not
         self._leaving, self._arriving, self._works = (), (), []
-        used_here(*landed)
         return *landed, *self.beside
 
     def back(self, gradients: Values) -> RowFlight:
         nothing = (None,) * len(self.beside)
         return self.crossing.reversed().launch(*gradients[: self.num_tensors], beside=nothing)
-
-
-def used_here(*tensors: Tensor) -> None:
-    """On the current stream of a GPU, while their memory may belong to the stream they were launched from."""
-    for tensor in tensors:
-        if tensor.is_cuda:
-            tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 def agree(counts_SE: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Crossing]:

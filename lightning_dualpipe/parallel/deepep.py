@@ -25,8 +25,8 @@ from torch import Tensor
 
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.interface import Flight, Values
-from lightning_dualpipe.parallel.all_to_all import used_here
 from lightning_dualpipe.parallel.dispatch import Routing, experts_per_rank
+from lightning_dualpipe.parallel.flight import used_here
 from lightning_dualpipe.parallel.token_copies import CopyDispatcher, CopyRouting, Landed
 
 __all__ = ["DeepEPBuffers", "DeepEPDispatcher", "why_not_deepep"]

@@ -37,7 +37,7 @@ from torch import Tensor
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.interface import Flight, Values
 from lightning_dualpipe.parallel.all_to_all import Crossing, agree
-from lightning_dualpipe.parallel.flight import fly
+from lightning_dualpipe.parallel.flight import fly, used_here
 from lightning_dualpipe.parallel.rows import RowOrder, invert, permute_rows
 
 __all__ = [
@@ -198,6 +198,7 @@ class AllToAllDispatcher(TokenDispatcher):
         return crossing.launch(rows, weights, beside=[_Crossed(plan, crossing, arriving_SE)])
 
     def unpack(self, rows: Tensor, weights: Tensor, plan: _Crossed) -> tuple[Tensor, Tensor, Routing]:
+        used_here(plan.arriving_SE)  # made where it was sent from, and freed when the host is done with this function
         order_R = _by_expert(plan.arriving_SE, len(rows))
         inverse_R = invert(order_R)
         routing = _CrossRouting(plan.arriving_SE.sum(0), plan.rows, plan.crossing, order_R, inverse_R)

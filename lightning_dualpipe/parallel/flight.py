@@ -5,6 +5,10 @@
 
 What a pipeline does in pieces, with other work in between, autograd does here in one go. This is what
 a communicating phase computes, and what its pieces are tested against.
+
+On a GPU a flight is launched from one stream and lands on another. Memory goes back to the stream it
+was made on, which takes it for something else at once, whatever the other stream has still to do with
+it. So of what is launched nothing may be freed before it has landed, and what lands is ``used_here``.
 """
 
 from __future__ import annotations
@@ -18,7 +22,14 @@ from torch.autograd.function import once_differentiable
 
 from lightning_dualpipe.interface import Flight, Values
 
-__all__ = ["fly"]
+__all__ = ["fly", "used_here"]
+
+
+def used_here(*tensors: Tensor) -> None:
+    """Tell the allocator that the current stream works on them too, wherever their memory came from."""
+    for tensor in tensors:
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 def fly(launch: Callable[..., Flight], *values: Any) -> Values:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -62,8 +63,10 @@ class Groups:
             device: what the run computes on.
         """
 
-        def new(members: Iterable[tuple[int, ...]], what: str, *, backend: str | None = None) -> Group:
-            created = create_groups(sorted(set(members)), what=what, timeout=timeout, backend=backend)
+        def new(
+            members: Iterable[tuple[int, ...]], what: str, *, backend: str | None = None, urgent: bool = False
+        ) -> Group:
+            created = create_groups(sorted(set(members)), what=what, timeout=timeout, backend=backend, urgent=urgent)
             return next(iter(created.values()), None)
 
         def host(like: Group, members: Iterable[tuple[int, ...]], what: str) -> Group:
@@ -73,10 +76,13 @@ class Groups:
         ranks = range(layout.world)
         pipelines, datas = [layout.pipeline_ranks(r) for r in ranks], [layout.data_ranks(r) for r in ranks]
         world = dist.group.WORLD if layout.world > 1 else None
-        expert = new([layout.expert_ranks(r) for r in ranks], "expert")
-        spans_nodes = (layout.expert_nodes or 1) > 1
+        expert = new([layout.expert_ranks(r) for r in ranks], "expert", urgent=True)
+        across, within = None, expert
+        if (layout.expert_nodes or 1) > 1:
+            across = new(map(layout.expert_ranks_across, ranks), "expert_across", urgent=True)
+            within = new(map(layout.expert_ranks_within, ranks), "expert_within", urgent=True)
         broadcast, data = new(pipelines, "pipeline_broadcast"), new(datas, "data")
-        pipeline = new(pipelines, "pipeline")
+        pipeline = new(pipelines, "pipeline", urgent=True)
         if pipeline is not None and dist.get_backend(pipeline) != "gloo":
             # with NCCL, the first operation of a group must not be a batch of sends in which some ranks have no part
             dist.all_reduce(torch.zeros((), device=device), group=pipeline)
@@ -92,8 +98,8 @@ class Groups:
             data=data,
             data_host=host(data, datas, "data"),
             expert=expert,
-            expert_across=new(map(layout.expert_ranks_across, ranks), "expert_across") if spans_nodes else None,
-            expert_within=new(map(layout.expert_ranks_within, ranks), "expert_within") if spans_nodes else expert,
+            expert_across=across,
+            expert_within=within,
         )
 
 
@@ -103,15 +109,30 @@ def create_groups(
     what: str,
     timeout: timedelta | None = None,
     backend: str | None = None,
+    urgent: bool = False,
 ) -> dict[tuple[int, ...], dist.ProcessGroup]:
     """One group for each tuple of ranks; returns those with this rank in it.
 
     Every rank of the world passes the same tuples in the same order. A tuple of one rank gets no group.
+
+    Args:
+        urgent: what it carries goes before a computation that has the GPU to itself.
     """
     mine = {}
     for ranks in members:
         if len(ranks) > 1:
-            group = dist.new_group(list(ranks), timeout=timeout, backend=backend, group_desc=what)
+            options = _at_high_priority(timeout) if urgent and (backend or dist.get_backend()) == "nccl" else None
+            group = dist.new_group(list(ranks), timeout=timeout, backend=backend, pg_options=options, group_desc=what)
             if dist.get_rank() in ranks:
                 mine[ranks] = group
     return mine
+
+
+def _at_high_priority(timeout: timedelta | None) -> Any:
+    """NCCL computes on streams of its own, whatever stream it is called from, and those are of low priority:
+    it would wait until the matrix product that fills the GPU leaves it a place.
+    """
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    if timeout is not None:
+        options._timeout = timeout  # else torch warns that it sets it
+    return options

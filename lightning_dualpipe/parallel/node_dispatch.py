@@ -30,9 +30,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_dualpipe.interface import Flight, Values
-from lightning_dualpipe.parallel.all_to_all import Crossing, RowFlight, used_here
+from lightning_dualpipe.parallel.all_to_all import Crossing, RowFlight
 from lightning_dualpipe.parallel.copies import Copies, Places, place_of
 from lightning_dualpipe.parallel.dispatch import Routing, experts_per_rank
+from lightning_dualpipe.parallel.flight import used_here
 from lightning_dualpipe.parallel.relay import Relay
 from lightning_dualpipe.parallel.token_copies import CopyDispatcher, CopyRouting, Landed
 from lightning_dualpipe.parallel.traffic import Traffic

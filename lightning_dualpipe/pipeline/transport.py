@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_dualpipe.interface import TensorSpec
+from lightning_dualpipe.parallel.flight import used_here
 from lightning_dualpipe.pipeline.streams import CommunicationStream, Mark
 from lightning_dualpipe.schedules import Exchange, Instruction, Message
 
@@ -71,9 +72,7 @@ class Transport:
         """The tensors of a message, once they have arrived."""
         works, tensors = self._arriving.pop(message)
         _wait(works)
-        for tensor in tensors:
-            if tensor.is_cuda:  # its memory belongs to the other stream
-                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        used_here(*tensors)
         return tensors
 
     def finish(self) -> None:

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from lightning_dualpipe.metrics import TokenRate, flops_utilization, num_tokens
+from lightning_dualpipe.metrics.throughput import _bf16_peak
 
 
 class Clock:
@@ -69,3 +70,18 @@ def test_tokens_are_the_positions_of_the_inputs(batch: object, tokens: int) -> N
 
 def test_nobody_knows_the_peak_of_a_cpu() -> None:
     assert flops_utilization(1e12, device=torch.device("cpu"), dtype=torch.float32) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989.4e12),
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_the_peak_of_a_gpu_is_that_of_its_data_sheet_without_sparsity(name: str, peak: float | None) -> None:
+    assert _bf16_peak(name) == peak

@@ -1,10 +1,12 @@
+import warnings
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from lightning_dualpipe.parallel.groups import Groups, create_groups
+from lightning_dualpipe.parallel.groups import Groups, _at_high_priority, create_groups
 from lightning_dualpipe.parallel.layout import ParallelLayout
+from tests.marks import needs_cuda
 from tests.ranks import run_ranks
 
 NAMES = ("world", "world_host", "pipeline", "pipeline_broadcast", "pipeline_host", "data", "data_host", "expert")
@@ -79,3 +81,18 @@ def _times_out(rank):
 def test_the_timeout_reaches_the_group():
     said, _ = run_ranks(2, _times_out)
     assert "1000ms" in said or "imed out" in said
+
+
+def _asks_for_priority(rank):
+    timeout = timedelta(seconds=30)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="backend_options._timeout")
+        group = dist.new_group([0], timeout=timeout, pg_options=_at_high_priority(timeout))
+    told = torch.ones(3, device="cuda")
+    dist.all_reduce(told, group=group)
+    return told.tolist(), group._get_backend(torch.device("cuda")).options.is_high_priority_stream
+
+
+@needs_cuda
+def test_nccl_can_be_asked_to_go_before_the_computation():
+    assert run_ranks(1, _asks_for_priority, backend="nccl") == [([1.0, 1.0, 1.0], True)]

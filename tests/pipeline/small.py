@@ -15,10 +15,21 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_dualpipe.interface import Batch, Layer, Phase, TensorSpec, WeightGradients, as_layers, run_uncut
+from lightning_dualpipe.interface import (
+    Batch,
+    Layer,
+    Phase,
+    PipelineModel,
+    TensorSpec,
+    WeightGradients,
+    as_layers,
+    run_uncut,
+)
 from lightning_dualpipe.pipeline.engine import Engine
+from lightning_dualpipe.pipeline.overlap import ORDERS, LaunchOrder
 from lightning_dualpipe.pipeline.partition import partition
 from lightning_dualpipe.pipeline.stage import Stage
+from lightning_dualpipe.pipeline.streams import CommunicationStream
 from lightning_dualpipe.pipeline.transport import Transport
 from lightning_dualpipe.precision.linear import make_linears_deferrable
 from lightning_dualpipe.schedules import build_schedule
@@ -100,7 +111,7 @@ def without_labels(batch: Batch) -> dict[str, Tensor]:
 
 
 def build_engine(
-    model: Ladder,
+    model: PipelineModel,
     schedule: str,
     num_ranks: int,
     *,
@@ -108,15 +119,24 @@ def build_engine(
     group: dist.ProcessGroup | None = None,
     dtype: torch.dtype = torch.float64,
     context: Callable[[], AbstractContextManager[object]] = nullcontext,
+    order: LaunchOrder | None = ORDERS["eager"],
+    device: torch.device = CPU,
+    stream: CommunicationStream | None = None,
 ) -> Engine:
-    """What ``rank`` of a pipeline runs. ``"dualpipev"`` has two stages even on one rank, and needs no group there."""
+    """What ``rank`` of a pipeline runs. ``"dualpipev"`` has two stages even on one rank, and needs no group there.
+
+    ``order=None``: layers wait for their own communication.
+    """
+    stream = stream or CommunicationStream(device)
     placement = build_schedule(schedule, num_ranks, 1)
     layers = as_layers(model.layers())
     parts = partition(layers, placement.num_stages)
     stages = {}
     for index in placement.stages_on(rank):
         mine = [layers[position] for position in parts[index]]
-        stages[index] = Stage(index, placement.num_stages, model, mine, WeightGradients(), context)
+        stages[index] = Stage(
+            index, placement.num_stages, model, mine, WeightGradients(), context, order is not None, stream
+        )
         for module in (module for layer in mine for module in layer.modules):
             make_linears_deferrable(module, stages[index].weight_gradients)
     return Engine(
@@ -124,8 +144,9 @@ def build_engine(
         partial(build_schedule, schedule, num_ranks),
         rank=rank,
         stages=stages,
-        transport=Transport(group, CPU),
+        transport=Transport(group, device, stream),
         dtype=dtype,
+        order=order or ORDERS["eager"],
     )
 
 
