@@ -3,14 +3,13 @@
     layers   embed  b0  b1 │ b2  b3  b4 │ b5  b6  b7 │ b8  norm mtp head
     stage         0        │     1      │     2      │        3
 
-The slowest stage sets the pace of a pipeline, so the cut minimises the cost of the most expensive
-stage. What a rank does not serve is replaced by a placeholder: names of what stays are still those
+What a rank does not serve is replaced by a placeholder: names of what stays are still those
 of the whole model.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.interface import Layer, TensorSpec
+from lightning_dualpipe.schedules.balance import balanced_bounds
 
 __all__ = ["Elsewhere", "Whole", "is_extra_state", "keep_only", "materialize", "partition"]
 
@@ -35,37 +35,13 @@ def partition(layers: Sequence[Layer], num_stages: int) -> tuple[range, ...]:
             f"(layers that must stay together counted once); use fewer pipeline ranks or a deeper model"
         )
     costs = [sum(layers[index].cost for index in block) for block in blocks]
-    bounds = _balanced_bounds(costs, num_stages)
+    bounds = balanced_bounds(costs, num_stages)
     return tuple(range(blocks[start].start, blocks[stop - 1].stop) for start, stop in pairwise(bounds))
 
 
 def _uncuttable_blocks(layers: Sequence[Layer]) -> list[range]:
     starts = [index for index, layer in enumerate(layers) if index == 0 or not layer.with_previous]
     return [range(start, stop) for start, stop in zip(starts, [*starts[1:], len(layers)], strict=True)]
-
-
-def _balanced_bounds(costs: Sequence[float], num_parts: int) -> list[int]:
-    """Boundaries of the contiguous parts whose dearest is cheapest, by dynamic programming.
-
-    ``best[stop]`` after round ``k`` is the cost of the dearest of ``k`` parts that end at ``stop``.
-    """
-    total = [0.0, *accumulate(costs)]
-    best = [0.0] + [float("inf")] * len(costs)
-    choices: list[list[int]] = []
-    for part in range(1, num_parts + 1):
-        found = [
-            min(
-                ((max(best[start], total[stop] - total[start]), start) for start in range(part - 1, stop)),
-                default=(float("inf"), 0),
-            )
-            for stop in range(len(costs) + 1)
-        ]
-        best = [cost for cost, _ in found]
-        choices.append([start for _, start in found])
-    bounds = [len(costs)]
-    for choice in reversed(choices):
-        bounds.append(choice[bounds[-1]])
-    return bounds[::-1]
 
 
 class Elsewhere(nn.Module):
