@@ -64,7 +64,8 @@ def _moe_block(config: DeepSeekV3Config, recompute: Recompute, element: int, wid
     hidden, chosen, inner = config.hidden_size, config.num_experts_per_tok, config.moe_intermediate_size
     sent = chosen * (hidden * element + wide)  # rows at the experts, and their weights
     if recompute == "full":
-        return 3 * hidden * element + sent + 3 * chosen * _INDEX  # the routing is a value between phases
+        states = 3 if config.n_shared_experts else 1  # the shared experts' inputs are two
+        return states * hidden * element + sent + 3 * chosen * _INDEX  # the routing is a value between phases
     experts = (chosen + config.n_shared_experts) * _gated(inner, recompute) * element
     copies = [element] if config.n_shared_experts or wide == element else []  # of the normed hidden state
     copies += [wide] if wide > element else []  # for the router

@@ -56,6 +56,7 @@ class GradientSums:
         self._replicas, self._named = replicas, named
         self._stages_of, self._here = stages_of, here
         self._pending = False  # ``.grad`` has, or had, what is not summed yet
+        self._unsummed: set[str] = set()  # of which parameters; some may be frozen by now (``toggle_optimizer``)
         self._late: weakref.WeakSet[Step] = weakref.WeakSet()  # whose gradients have not been handed over
         self._hands_over_sums = True
         self._backward = -1
@@ -97,11 +98,13 @@ class GradientSums:
         """Before anybody can look at the gradients. They stay this rank's part while ``blocked``."""
         if self._hands_over_sums:
             self._replicas.note_summed(self._named())
-        elif self.blocked:
-            self._pending = True
-        else:
-            self._replicas.sum_gradients(self._named())
-            self._pending = False
+            return
+        named = self._named()
+        self._unsummed |= {name for name, parameter in named.items() if parameter.requires_grad}
+        self._pending = self.blocked
+        if not self.blocked:
+            self._replicas.sum_gradients(named, frozen=self._unsummed)
+            self._unsummed = set()
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)

@@ -121,7 +121,8 @@ def create_groups(
     mine = {}
     for ranks in members:
         if len(ranks) > 1:
-            options = _at_high_priority(timeout) if urgent and (backend or dist.get_backend()) == "nccl" else None
+            on_nccl = dist.is_nccl_available() and (backend or dist.get_backend()) == "nccl"
+            options = _at_high_priority(timeout) if urgent and on_nccl else None
             group = dist.new_group(list(ranks), timeout=timeout, backend=backend, pg_options=options, group_desc=what)
             if dist.get_rank() in ranks:
                 mine[ranks] = group

@@ -29,6 +29,8 @@ class Relay:
     def start(self, journey: Callable[[], T]) -> Future[T]:
         """Run ``journey`` after those that were started before; what it raises, its result raises."""
         before = self._last
+        if before is not None and before.done() and before.exception() is not None:
+            before = None  # it was told to whoever waited for it
         self._last = done = Future[T]()
         Thread(target=_run, args=(journey, before, done), name="relay", daemon=True).start()
         return done

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import timedelta
 
 import torch
@@ -67,14 +67,14 @@ class ReplicaGroups:
         return len(self._holders[name])
 
     @torch.no_grad()
-    def sum_gradients(self, parameters: Mapping[str, Tensor]) -> None:
+    def sum_gradients(self, parameters: Mapping[str, Tensor], *, frozen: Collection[str] = ()) -> None:
         """Replace ``.grad`` of each parameter by its sum over the holders, in place.
 
-        A missing gradient counts as zeros; if all holders miss it, it stays missing, so that an
-        optimizer skips the parameter as it would on one rank. Only a rank that misses one has to
-        look, and so to wait for the device.
+        Of parameters that require no gradient, those that are named ``frozen``. A missing gradient counts as
+        zeros; if all holders miss it, it stays missing, so that an optimizer skips the parameter as it would
+        on one rank. Only a rank that misses one has to look, and so to wait for the device.
         """
-        trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+        trained = {name: each for name, each in parameters.items() if each.requires_grad or name in frozen}
         self.refuse_sparse(trained)
         for group, names in self.by_group(trained):
             missing = [index for index, name in enumerate(names) if trained[name].grad is None]

@@ -88,8 +88,10 @@ class Engine:
                     on_stage_done(action.stage)
 
         self.observer.begin(self._schedule_of(len(batches)))
-        self._run(batches, execute, training=True)
-        self.observer = NOBODY
+        try:
+            self._run(batches, execute, training=True)
+        finally:
+            self.observer = NOBODY
         return sums
 
     def _train_step(self, step: Step, batches: Sequence[Batch], sums: dict[str, Tensor]) -> None:
@@ -99,16 +101,13 @@ class Engine:
             stage, microbatch, watch = self.stages[action.stage], action.microbatch, self.observer.watch(action)
             match action.kind:
                 case Kind.FORWARD:
-                    values = self._take_input(action, watch)
-                    forward_steps = stage.forward_steps(microbatch, values, batches[microbatch], watch)
-                    forward = _named(action, self.rank, forward_steps)
+                    forward = _named(action, self.rank, self._forward_steps(action, batches[microbatch], watch))
                     forward_done = partial(self._forward_done, action, sums)
                 case Kind.BACKWARD | Kind.BACKWARD_INPUT:
-                    gradients, postpone = self._take_gradients(action, watch), action.kind is Kind.BACKWARD_INPUT
-                    backward_steps = stage.backward_steps(microbatch, gradients, postpone=postpone, watch=watch)
-                    backward = _named(action, self.rank, backward_steps)
+                    backward = _named(action, self.rank, self._backward_steps(action, watch))
                     backward_done = partial(self._pass_back, action)
-                    weights = _nothing if postpone else partial(stage.backward_weight, microbatch, watch)
+                    postponed = action.kind is Kind.BACKWARD_INPUT
+                    weights = _nothing if postponed else partial(stage.backward_weight, microbatch, watch)
                 case Kind.BACKWARD_WEIGHT:
                     stage.backward_weight(microbatch, watch)
         run_pair(
@@ -119,6 +118,19 @@ class Engine:
             backward_done=backward_done,
             order=self._order,
         )
+
+    # What came in belongs to the steps alone: they let go of it when it has been used.
+
+    def _forward_steps(
+        self, action: Action, batch: Batch, watch: Watch
+    ) -> Generator[None, None, Values | dict[str, Tensor]]:
+        stage = self.stages[action.stage]
+        return stage.forward_steps(action.microbatch, self._take_input(action, watch), batch, watch)
+
+    def _backward_steps(self, action: Action, watch: Watch) -> Generator[None, None, Values]:
+        stage, postpone = self.stages[action.stage], action.kind is Kind.BACKWARD_INPUT
+        gradients = self._take_gradients(action, watch)
+        return stage.backward_steps(action.microbatch, gradients, postpone=postpone, watch=watch)
 
     def _forward_done(self, action: Action, sums: dict[str, Tensor], out: Values | dict[str, Tensor]) -> None:
         self.peak_held = max(self.peak_held, sum(stage.num_held for stage in self.stages.values()))
@@ -160,6 +172,7 @@ class Engine:
         return schedule.rank_of(schedule.num_stages - 1, microbatch)
 
     def _run(self, batches: Sequence[Batch], execute: Callable[[Step], None], *, training: bool) -> None:
+        self._forget()
         self._specs = [self._declared(batch) for batch in batches]
         instructions = self._programs(len(batches), training)
         exchanges = [instruction for instruction in instructions if isinstance(instruction, Exchange)]
@@ -173,6 +186,13 @@ class Engine:
                     execute(step)
         self._transport.finish()
         assert not self._values, f"computed but never used: {sorted(map(str, self._values))}"
+
+    def _forget(self) -> None:
+        """What a step has left that was given up in the middle."""
+        self._values, self._messages, self._leaving = {}, {}, {}
+        self._transport.forget()
+        for stage in self.stages.values():
+            stage.forget()
 
     def _program(self, num_microbatches: int, training: bool) -> Sequence[Instruction]:
         schedule = self._schedule_of(num_microbatches)

@@ -72,14 +72,16 @@ class PipelinedForward:
         before = {name: parameter.grad for name, parameter in named.items()}
         for parameter in named.values():
             parameter.grad = None
-        with _without_hooks(named.values()):
-            sums = self.engine.train(pieces, on_stage_done=step.stage_done)
-            for stage in self.engine.stages:  # one that no microbatch came by is done as well
-                step.stage_done(stage)
-            sums = self._reduce(sums, training=True)
-        step.gradients = {name: parameter.grad for name, parameter in named.items() if parameter.grad is not None}
-        for name, parameter in named.items():
-            parameter.grad = before[name]
+        try:
+            with _without_hooks(named.values()):
+                sums = self.engine.train(pieces, on_stage_done=step.stage_done)
+                for stage in self.engine.stages:  # one that no microbatch came by is done as well
+                    step.stage_done(stage)
+                sums = self._reduce(sums, training=True)
+            step.gradients = {name: parameter.grad for name, parameter in named.items() if parameter.grad is not None}
+        finally:
+            for name, parameter in named.items():
+                parameter.grad = before[name]
         report = self._report(sums)
         # a leaf of its own, so that the loss is differentiable even on a rank without parameters
         anchor = torch.zeros((), device=self.device, requires_grad=True)

@@ -83,6 +83,12 @@ class Stage:
         """Whether a microbatch takes more than one step."""
         return self.overlap and any(phase.communicates for layer in self.layers for phase in layer.phases)
 
+    def forget(self) -> None:
+        """All microbatches, whatever has become of them."""
+        self._held.clear()
+        self._postponed.clear()
+        self.weight_gradients.take()
+
     def predict(self, values: Values, batch: Batch) -> Values:
         """Values of the stage's last layer; no graph is kept."""
         with self.context():
@@ -150,7 +156,7 @@ class Stage:
         self, microbatch: int, gradients: Values | None, *, postpone: bool, watch: Watch = unwatched
     ) -> Generator[None, None, Values]:
         """With ``postpone`` off, weight gradients are put aside only where that leaves time for a communication."""
-        records = self._held.pop(microbatch)
+        records = self._held[microbatch]
         last = records[-1].graph
         gradients = last.seeds() if gradients is None else last.aligned(gradients)
         deferring = postpone or len(records) > 1
@@ -173,6 +179,7 @@ class Stage:
             mark = self.stream.mark()
             if records:
                 yield
+        del self._held[microbatch]
         return () if self.is_first else tuple(gradient for gradient in gradients if gradient is not None)
 
     def _compute(

@@ -81,6 +81,12 @@ class Transport:
             self._see_off()
         assert not self._arriving, f"received but never used: {list(map(str, self._arriving))}"
 
+    def forget(self) -> None:
+        """Messages of a step that was given up: nobody will come for them."""
+        self._offered.clear()
+        self._arriving.clear()
+        self._leaving.clear()
+
     def _see_off(self) -> None:
         works, _ = self._leaving.popleft()
         _wait(works)

@@ -173,7 +173,7 @@ class Assembly:
         self._placement = schedule_of(2 * layout.pipeline)
         if _PART not in vars(self._module):
             check_experts(owner, layout)
-        made_for = _described(schedule, layout)
+        made_for = _described(program_name(schedule, layout), layout)
         routers = [module for module in owner.modules() if isinstance(module, GroupsExperts)]  # of all layers
         self.part = Part.cut(
             owner, self._module, self.model, self._placement, rank=self._pipeline_rank, made_for=made_for

@@ -18,7 +18,31 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-__all__ = ["PipelineReader", "warn_of_stream"]
+from lightning_dualpipe.errors import ConfigurationError
+
+__all__ = ["PipelineReader", "check_lengths", "warn_of_stream"]
+
+
+def check_lengths(loader: object, group: dist.ProcessGroup | None) -> None:
+    """Of the loaders of data ranks that meet in every batch. A collective; loaders without a length pass.
+
+    Raises:
+        ConfigurationError: some have more batches than others, who would be waited for in vain.
+    """
+    try:
+        length = len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        return
+    if group is None:
+        return
+    lengths = [length] * dist.get_world_size(group)
+    dist.all_gather_object(lengths, length, group=group)
+    if len(set(lengths)) > 1:
+        raise ConfigurationError(
+            f"the data ranks have {lengths} batches, and all take part in each other's: in sums of losses, or because "
+            "experts are spread; give each the same number: drop or add samples until they divide evenly among "
+            f"{len(lengths)} data ranks, or use one data rank"
+        )
 
 
 @dataclass(frozen=True)

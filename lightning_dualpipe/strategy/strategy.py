@@ -57,7 +57,7 @@ from lightning_dualpipe.strategy.interrupts import exit_as_terminated, stop_betw
 from lightning_dualpipe.strategy.launcher import PipelineLauncher, join_run
 from lightning_dualpipe.strategy.metric_groups import collect_over
 from lightning_dualpipe.strategy.model_summary import summarize_the_whole_model
-from lightning_dualpipe.strategy.reader import PipelineReader, warn_of_stream
+from lightning_dualpipe.strategy.reader import PipelineReader, check_lengths, warn_of_stream
 from lightning_dualpipe.strategy.recording import start_recording, stop_recording
 from lightning_dualpipe.strategy.requeue import requeue_between_batches
 
@@ -301,8 +301,8 @@ class DualPipeStrategy(PipelineCheckpoints):
         self.model.to(self.root_device)
 
     # ---- steps --------------------------------------------------------------------------------
-    # The precision context is entered around each microbatch of a stage, not around the whole step: backwards
-    # run inside the step, and Transformer Engine forbids a second call of a module within one context.
+    # The precision context is entered around each microbatch of a stage: backwards run inside the step, and
+    # Transformer Engine forbids a second call of a module within one context.
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -371,14 +371,14 @@ class DualPipeStrategy(PipelineCheckpoints):
     def process_dataloader(self, dataloader: object) -> object:
         seeded = getattr(dataloader, "num_workers", 0) and getattr(dataloader, "worker_init_fn", 0) is None
         if seeded:  # workers of one data rank draw the same numbers wherever in the pipeline they are
-            dataloader.worker_init_fn = partial(  # type: ignore[attr-defined]
-                pl_worker_init_function, rank=self._data_rank
-            )
+            seed = partial(pl_worker_init_function, rank=self._data_rank)
+            dataloader.worker_init_fn = seed  # type: ignore[attr-defined]
+        if self.layout.expert > 1 or not self._module.trainer.predicting:  # pipelines meet in each other's batches
+            check_lengths(dataloader, self.groups.data_host)
         group = self.groups.pipeline_host
-        if group is None:
-            return dataloader
-        warn_of_stream(dataloader)
-        return PipelineReader.of(dataloader, group)
+        if group is not None:
+            warn_of_stream(dataloader)
+        return dataloader if group is None else PipelineReader.of(dataloader, group)
 
     # ---- the end ------------------------------------------------------------------------------
 

@@ -124,6 +124,29 @@ def test_a_gradient_is_summed_once_however_losses_and_backwards_follow_each_othe
         assert [value if want is not None else None for value, want in zip(found, expected, strict=True)] == expected
 
 
+def _takes_turns(rank):
+    """Two optimizers, each with the other's parameter frozen; two batches are accumulated."""
+    named = {name: nn.Parameter(torch.zeros(2)) for name in "ab"}
+    replicas = ReplicaGroups(dict.fromkeys("ab", (0, 1)), rank=rank)
+    sums = GradientSums(replicas, lambda: named, dict.fromkeys("ab", (0,)), here=(0,))
+    for size, blocked in ((1.0, True), (10.0, False)):
+        for mine in "ab":
+            for name, parameter in named.items():
+                parameter.requires_grad_(name == mine)
+            sums.blocked = blocked
+            step, before = sums.begin(), named[mine].grad
+            named[mine].grad = torch.full((2,), size * (rank + 1))
+            step.stage_done(0)
+            step.gradients, named[mine].grad = {"weight": named[mine].grad}, before
+            _Given.apply(named[mine], step, 1.0).backward()
+            sums.blocked = False
+    return {name: parameter.grad[0].item() for name, parameter in named.items()}
+
+
+def test_what_is_frozen_when_sums_are_due_is_summed_all_the_same():
+    assert run_ranks(2, _takes_turns) == [{"a": 33.0, "b": 33.0}] * 2
+
+
 def test_gradients_of_one_rank_are_left_alone():
     weight = nn.Parameter(torch.zeros(2))
     sums = GradientSums(
