@@ -16,9 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_dualpipe.checkpoint.optimizer_states import Collected, check_states, in_order, part_of, treats_rows_apart
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.interface import TensorSpec
-from lightning_dualpipe.parallel.sharded_optimizer import ShardedOptimizer
+from lightning_dualpipe.parallel.sharded_optimizer import ShardedOptimizer, WholeOrder
 
 __all__ = ["CheckpointStore"]
 
@@ -95,126 +96,121 @@ class CheckpointStore:
             "param_groups": [
                 {**group, "params": mine} for group, mine in zip(packed["param_groups"], sharded.names(), strict=True)
             ],
+            "order": sharded.order,
+            "rows_apart": treats_rows_apart(sharded.optimizer),
         }
 
-    def whole_optimizer_state(self, local: Mapping[str, Any]) -> dict[str, Any]:
-        """On rank 0 the state of an optimizer of the uncut model, by parameter index. A collective."""
-        names = [set(group["params"]) for group in local["param_groups"]]
+    def whole_optimizer_state(self, local: Mapping[str, Any]) -> tuple[dict[str, Any], list[list[str]]]:
+        """On rank 0 the state of an optimizer of the uncut model, by parameter index; and the names by group.
+
+        A collective.
+
+        Raises:
+            ConfigurationError: what ranks have is not part of any whole.
+        """
+        names = [group["params"] for group in local["param_groups"]]
         mine = (_to_cpu(local["state"]), self.rows, local["elements"], names)
-        states: dict[str, dict[str, Any]] = {}
-        groups: list[list[set[str]]] = []
+        collected = Collected(self._shape_of, local["rows_apart"])
+        groups: list[list[list[str]]] = []
         for part, rows, elements, their_names in self._from_all(mine):
             groups.append(their_names)
             for first, state in part.items():
-                whole = states.setdefault(first, {})
-                for key, value in state.items():
-                    self._put_state(whole, key, value, rows.get(first), elements.get(first), self.whole[first].shape)
-        order = self._in_order(groups)
+                collected.add(first, state, rows.get(first), elements.get(first))
+        if not self._is_rank_0:
+            return {}, []
+        collected.check()
+        known: WholeOrder | None = local["order"]
+        order = in_order(known.names if known else (), groups, self.whole)
         index = {name: position for position, name in enumerate(name for group in order for name in group)}
-        return {
-            "state": {index[name]: states[name] for name in index if name in states},
-            "param_groups": [
-                {**group, "params": [index[name] for name in names]}
-                for group, names in zip(local["param_groups"], order, strict=True)
-            ],
-        }
+        states = collected.states
+        packed = [
+            {**group, "params": [index[name] for name in names]}
+            for group, names in zip(local["param_groups"], order, strict=True)
+        ]
+        for position, group in enumerate(packed):
+            if "param_names" in group and known is not None and order[position] == list(known.names[position]):
+                group["param_names"] = list(known.given[position])
+        return {"state": {index[name]: states[name] for name in index if name in states}, "param_groups": packed}, order
 
-    def load_optimizer_state(self, sharded: ShardedOptimizer, whole: Mapping[str, Any]) -> None:
+    def load_optimizer_state(
+        self, sharded: ShardedOptimizer, whole: Mapping[str, Any], names: Sequence[Sequence[str]] | None
+    ) -> None:
         """Give the optimizer of this rank its part of the state of an uncut model's. A collective.
 
+        Args:
+            names: of the parameters of each group, in the order of their indices; None if nobody wrote them down.
+
         Raises:
-            ConfigurationError: the checkpoint's optimizer has other parameter groups.
+            ConfigurationError: the checkpoint's optimizer has other parameter groups, or states of another shape.
         """
         mine = sharded.names()
-        order = self._in_order([groups for (groups,) in self._to_all(([set(group) for group in mine],))])
+        known = sharded.order.names if sharded.order else ()
+        order = in_order(known, [groups for (groups,) in self._to_all((mine,))], self.whole)
         saved = [group["params"] for group in whole["param_groups"]]
         if [len(group) for group in order] != [len(group) for group in saved]:
             raise ConfigurationError(
                 f"the checkpoint's optimizer has parameter groups of {[len(group) for group in saved]} parameters, "
                 f"this one of {[len(group) for group in order]}; resume with the optimizer that was saved"
             )
+        if names is None and sharded.order is not None:
+            names = sharded.order.of_given([group.get("param_names", ()) for group in whole["param_groups"]])
+        if names is not None:
+            order = _the_same_groups(order, names)
         saved_index = {n: i for names, ids in zip(order, saved, strict=True) for n, i in zip(names, ids, strict=True)}
-        sharded.cut(also=frozenset(name for name, index in saved_index.items() if index in whole["state"]))
+        states = {name: whole["state"][index] for name, index in saved_index.items() if index in whole["state"]}
+        check_states(states, self._shape_of, spread=self.rows.__contains__, elementwise=sharded.elementwise)
+        sharded.cut(also=frozenset(states))
         owned = [[name for name in group if name in sharded.shards] for group in mine]
         position = {name: index for index, name in enumerate(name for group in owned for name in group)}
-        states = {
-            position[name]: self._shard_of(name, whole["state"][saved_index[name]], sharded.shards[name].elements)
+        local = {
+            position[name]: {
+                key: self._part_of(name, key, value, sharded.shards[name].elements)
+                for key, value in states[name].items()
+            }
             for name in position
-            if saved_index[name] in whole["state"]
+            if name in states
         }
         groups = [
-            {**group, "params": [position[name] for name in names]}
-            for group, names in zip(whole["param_groups"], owned, strict=True)
+            # the names that the user gave stay those of this run, and of this rank
+            {
+                **{key: value for key, value in group.items() if key != "param_names"},
+                "params": [position[n] for n in ns],
+            }
+            for group, ns in zip(whole["param_groups"], owned, strict=True)
         ]
         with sharded.in_place():
-            sharded.optimizer.load_state_dict({"state": states, "param_groups": groups})
+            sharded.optimizer.load_state_dict({"state": local, "param_groups": groups})
 
     def whole_main_weights(self, optimizers: Iterable[ShardedOptimizer]) -> dict[str, Tensor]:
         """On rank 0 the main weights of the uncut model, by the first names of their parameters. A collective."""
         shards = {n: s for sharded in optimizers for n, s in sharded.shards.items() if s.is_main_weight}
         mine = {name: (_to_cpu(shard.stepped), shard.elements) for name, shard in shards.items()}
-        found: dict[str, Any] = {}
+        collected = Collected(self._shape_of)
         for part, rows in self._from_all((mine, self.rows)):
             for first, (values, elements) in part.items():
-                self._put_state(found, first, values, rows.get(first), elements, self.whole[first].shape)
-        return {name: found[name] for name in self.whole if name in found}
+                collected.add(first, {"weight": values}, rows.get(first), elements)
+        found = collected.states
+        return {name: found[name]["weight"] for name in self.whole if name in found}
 
     def load_main_weights(self, optimizers: Iterable[ShardedOptimizer], whole: Mapping[str, Tensor]) -> None:
         """Where a checkpoint has none, parameters will do: a main weight follows what is written to its parameter."""
         for sharded in optimizers:
             for name, shard in sharded.shards.items():
                 if shard.is_main_weight and name in whole:
-                    values = self._shard_of(name, whole[name], shard.elements)
-                    shard.stepped.data.copy_(values)
+                    shard.stepped.data.copy_(self._part_of(name, "weight", whole[name], shard.elements))
 
     # ---- helpers ------------------------------------------------------------------------------
 
+    def _shape_of(self, first: str) -> tuple[int, ...]:
+        return tuple(self.whole[first].shape)
+
+    def _part_of(self, first: str, key: str, value: Any, elements: range | None) -> Any:
+        return part_of(key, value, self._shape_of(first), self.rows.get(first), elements)
+
     def _rows_of(self, first: str, value: Any) -> Any:
-        """This rank's rows of a whole tensor, or of every tensor of a state that has its shape."""
+        """This rank's rows of a whole tensor."""
         rows = self.rows.get(first)
-        if rows is None:
-            return value
-        if isinstance(value, Mapping):
-            return {key: self._rows_of(first, item) for key, item in value.items()}
-        spread = isinstance(value, Tensor) and value.shape == self.whole[first].shape
-        return value[rows.start : rows.stop] if spread else value
-
-    def _shard_of(self, first: str, value: Any, elements: range | None) -> Any:
-        """This rank's shard of a whole tensor, or of every tensor of a state that has its shape."""
-        if isinstance(value, Mapping):
-            return {  # a count of steps has no elements, though it may look like a parameter that is a single number
-                key: item if key == "step" else self._shard_of(first, item, elements) for key, item in value.items()
-            }
-        mine = self._rows_of(first, value)
-        if elements is None or not isinstance(value, Tensor) or value.shape != self.whole[first].shape:
-            return mine
-        return mine.reshape(-1)[elements.start : elements.stop]
-
-    def _in_order(self, parts: Sequence[Sequence[set[str]]]) -> list[list[str]]:
-        """Names of each parameter group over all ranks, in the order of the uncut model's parameters."""
-        place = {name: index for index, name in enumerate(self.whole)}
-        return [sorted(set.union(*groups), key=place.__getitem__) for groups in zip(*parts, strict=True)]
-
-    def _put_state(
-        self,
-        found: dict[str, Any],
-        key: str,
-        value: Any,
-        rows: range | None,
-        elements: range | None,
-        shape: tuple[int, ...],
-    ) -> None:
-        """One value of an optimizer's state of a shard: with an entry for each of its elements, or for all of it."""
-        if elements is None:
-            like_parameter = isinstance(value, Tensor) and value.shape[1:] == shape[1:] and value.ndim
-            self._put(found, key, value, rows if like_parameter else None, shape)
-        elif isinstance(value, Tensor) and value.shape == (len(elements),):
-            if key not in found:
-                found[key] = value.new_zeros(shape)
-            local = found[key] if rows is None else found[key][rows.start : rows.stop]
-            local.view(-1)[elements.start : elements.stop] = value
-        else:
-            found[key] = value
+        return value if rows is None else value[rows.start : rows.stop]
 
     @staticmethod
     def _put(found: dict[str, Any], key: str, value: Any, rows: range | None, shape: tuple[int, ...]) -> None:
@@ -291,3 +287,16 @@ def _indices(packed: Mapping[str, Any]) -> list[int]:
 
 def _parameters(optimizer: Optimizer) -> list[torch.nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _the_same_groups(order: list[list[str]], saved: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The groups of this run's optimizer, each in the order in which it was saved."""
+    problems = [
+        f"group {index}: {', '.join(sorted(set(here) ^ set(there))[:4])} in one of them only"
+        for index, (here, there) in enumerate(zip(order, saved, strict=True))
+        if set(here) != set(there)
+    ]
+    if problems:
+        remedy = "resume with the optimizer that was saved"
+        raise ConfigurationError.of(f"the checkpoint's optimizer has other parameters; {remedy}", problems)
+    return [list(group) for group in saved]

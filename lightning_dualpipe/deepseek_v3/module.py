@@ -33,7 +33,7 @@ from lightning_dualpipe.deepseek_v3.hf_names import Part, parts_of
 from lightning_dualpipe.deepseek_v3.hf_writer import save_weights
 from lightning_dualpipe.deepseek_v3.learning_rate import LearningRateSchedule, learning_rate_factor
 from lightning_dualpipe.deepseek_v3.model import Transformer
-from lightning_dualpipe.deepseek_v3.padding import MASK, check_padding
+from lightning_dualpipe.deepseek_v3.padding import MASK
 from lightning_dualpipe.deepseek_v3.recompute import Recompute
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.interface import Batch, ReplicaAware
@@ -246,12 +246,6 @@ class DeepSeekV3(LightningModule):
         self.log("train_loss", means["loss"].detach(), prog_bar=True)
         self.log_dict({f"train_{name}": value for name, value in means.items() if name not in ("loss", "tokens")})
         return means["loss"]
-
-    @override
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        if isinstance(batch, Mapping):  # here, where it costs nothing to look at it
-            check_padding(batch)
-        return batch
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -21,7 +21,7 @@ longer is its main weight, rounded, the main weight follows it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import MethodType
@@ -37,7 +37,7 @@ from lightning_dualpipe.parallel.ownership import Ownership, slices, whole
 from lightning_dualpipe.parallel.replicas import ReplicaGroups
 from lightning_dualpipe.parallel.share import share
 
-__all__ = ["Shard", "ShardedOptimizer"]
+__all__ = ["Shard", "ShardedOptimizer", "WholeOrder"]
 
 # Whose update of an element depends on this element's history and gradient alone. These very classes: a subclass
 # may do anything. Whatever is not listed gets whole parameters, which is right for every optimizer.
@@ -115,6 +115,45 @@ class _Cut:
     parameters: Mapping[str, nn.Parameter]
 
 
+@dataclass(frozen=True, slots=True)
+class WholeOrder:
+    """The parameters of each group of an optimizer of the uncut model, as torch numbers them: by name.
+
+    ``given`` are the names that the user gave with the parameters, in the same order; empty without.
+    """
+
+    names: Sequence[Sequence[str]]
+    given: Sequence[Sequence[str]]
+
+    @classmethod
+    def of(cls, optimizer: Optimizer, named: Mapping[int, str], stand_ins: Mapping[int, str]) -> WholeOrder:
+        """Takes the parameters in ``stand_ins`` out of the optimizer, which stand for what other ranks hold.
+
+        Args:
+            named, stand_ins: names by the id of the parameter.
+        """
+        all_names = {**named, **stand_ins}
+        names = [[all_names[id(p)] for p in group["params"] if id(p) in all_names] for group in optimizer.param_groups]
+        given = [group.get("param_names", []) for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            here = [index for index, parameter in enumerate(group["params"]) if id(parameter) not in stand_ins]
+            for parameter in group["params"]:
+                if id(parameter) in stand_ins:
+                    optimizer.state.pop(parameter, None)
+            for key in {"params", "param_names"} & group.keys():
+                group[key] = [group[key][index] for index in here]
+        return cls(names, given)
+
+    def of_given(self, given: Sequence[Sequence[str]]) -> list[list[str]] | None:
+        """The names behind names that a user gave; None if they are not those given here, group by group."""
+        if not any(given) or [sorted(group) for group in given] != [sorted(group) for group in self.given]:
+            return None
+        if any(len(set(group)) < len(group) for group in given):
+            return None
+        names = [dict(zip(*pair, strict=True)) for pair in zip(self.given, self.names, strict=True)]
+        return [[known[name] for name in group] for known, group in zip(names, given, strict=True)]
+
+
 class ShardedOptimizer:
     """Replaces ``optimizer.step`` until ``release``.
 
@@ -138,8 +177,11 @@ class ShardedOptimizer:
         self.optimizer = optimizer
         self.shards: dict[str, Shard] = {}
         """By name, of those parameters that this rank owns at least a part of."""
+        self.order: WholeOrder | None = None
+        """As far as it is known: parameters may have come later."""
+        self.elementwise = type(optimizer) in _ELEMENTWISE
+        """Whether the states of a parameter have its shape, or are one number."""
         self._named, self._replicas = named, replicas
-        self._elementwise = type(optimizer) in _ELEMENTWISE
         self._known: set[str] = set()
         self._cuts: list[_Cut] = []
         self._own_step: Callable[..., Any] | None = None
@@ -214,11 +256,11 @@ class ShardedOptimizer:
 
     def _share_out(self, parameters: Mapping[str, nn.Parameter], group: dist.ProcessGroup) -> None:
         sizes = {name: parameter.numel() for name, parameter in parameters.items()}
-        owned = (slices if self._elementwise else whole)(sizes, group.size())
+        owned = (slices if self.elementwise else whole)(sizes, group.size())
         for parameter in parameters.values():
             parameter.data = parameter.data.contiguous()  # so that its elements can be seen as one line
         for name, start, stop in owned[group.rank()]:
-            elements = range(start, stop) if self._elementwise else None
+            elements = range(start, stop) if self.elementwise else None
             self.shards[name] = Shard.of(parameters[name], elements)
         self._cuts.append(_Cut(owned, group, parameters))
 

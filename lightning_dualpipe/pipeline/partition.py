@@ -7,7 +7,8 @@ What a rank does not serve is replaced by a placeholder: names of what stays are
 of the whole model.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,7 +20,7 @@ from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.interface import Layer, TensorSpec
 from lightning_dualpipe.schedules.balance import balanced_bounds
 
-__all__ = ["Elsewhere", "Whole", "is_extra_state", "keep_only", "materialize", "partition"]
+__all__ = ["Elsewhere", "Whole", "is_extra_state", "keep_only", "materialize", "partition", "uncut"]
 
 
 def partition(layers: Sequence[Layer], num_stages: int) -> tuple[range, ...]:
@@ -45,11 +46,16 @@ def _uncuttable_blocks(layers: Sequence[Layer]) -> list[range]:
 
 
 class Elsewhere(nn.Module):
-    """Stands where a module was that another rank holds."""
+    """Stands where a module was that another rank holds; what it was is kept without its memory, for ``uncut``."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, module: nn.Module) -> None:
         super().__init__()
         self.name = name
+        self._was = (module,)  # in a tuple, so that it is none of the model's modules
+
+    @property
+    def was(self) -> nn.Module:
+        return self._was[0]
 
     def forward(self, *args: object, **kwargs: object) -> None:
         raise RuntimeError(f"{self.name} is held by another rank; call the whole model, not a part of it")
@@ -112,10 +118,66 @@ def keep_only(model: nn.Module, kept: Iterable[Layer], layers: Iterable[Layer]) 
     """
     needed = _parts(kept)
     spare = _parts(layers) - needed
+    dropped: dict[int, nn.Module] = {}
     for parent_name, parent in list(model.named_modules(remove_duplicate=False)):
+        if id(parent) in dropped:
+            continue
         for name, child in list(parent._modules.items()):
             if id(child) in spare and child is not None and not any(id(part) in needed for part in child.modules()):
-                setattr(parent, name, Elsewhere(f"{parent_name}.{name}".lstrip(".")))
+                dropped |= {id(part): part for part in child.modules()}
+                setattr(parent, name, Elsewhere(f"{parent_name}.{name}".lstrip("."), child))
+    _forget(dropped.values())
+
+
+def _forget(modules: Iterable[nn.Module]) -> None:
+    """Move their tensors to the meta device: others may hold them too. Ties between them survive."""
+    made: dict[int, nn.Parameter | Tensor] = {}
+    for module in modules:
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in made:
+                    shape = torch.empty_like(parameter, device="meta")
+                    made[id(parameter)] = nn.Parameter(shape, requires_grad=parameter.requires_grad)
+                module._parameters[name] = made[id(parameter)]  # type: ignore[assignment]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = made.setdefault(id(buffer), torch.empty_like(buffer, device="meta"))
+
+
+@contextmanager
+def uncut(model: nn.Module, same_as: Mapping[str, str]) -> Iterator[dict[int, str]]:
+    """Within, ``model`` has all the modules it had; parameters that are elsewhere are on the meta device.
+
+    Yields the first names, by id, of the parameters that stand for those elsewhere.
+    """
+    held = {same_as[name]: parameter for name, parameter in model.named_parameters()}
+    placeholders = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if isinstance(child, Elsewhere)
+    ]
+    tied: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for parent, name, placeholder in placeholders:
+        parent._modules[name] = placeholder.was
+    try:
+        stand_ins: dict[int, str] = {}
+        put_back = {id(part) for _, _, placeholder in placeholders for part in placeholder.was.modules()}
+        for prefix, module in model.named_modules():
+            for name, parameter in module._parameters.items() if id(module) in put_back else ():
+                if parameter is not None:
+                    first = same_as[f"{prefix}.{name}".lstrip(".")]
+                    if first in held:
+                        tied.append((module, name, parameter))
+                        module._parameters[name] = held[first]
+                    else:
+                        stand_ins[id(parameter)] = first
+        yield stand_ins
+    finally:
+        for module, name, parameter in tied:
+            module._parameters[name] = parameter
+        for parent, name, placeholder in placeholders:
+            parent._modules[name] = placeholder
 
 
 def _parts(layers: Iterable[Layer]) -> set[int]:

@@ -32,7 +32,7 @@ from lightning_dualpipe.parallel.traffic import Traffic
 from lightning_dualpipe.pipeline.engine import Engine
 from lightning_dualpipe.pipeline.forward import PipelinedForward
 from lightning_dualpipe.pipeline.overlap import ORDERS, LaunchOrder
-from lightning_dualpipe.pipeline.partition import Whole, keep_only, materialize, partition
+from lightning_dualpipe.pipeline.partition import Whole, keep_only, materialize, partition, uncut
 from lightning_dualpipe.pipeline.stage import Stage
 from lightning_dualpipe.pipeline.streams import CommunicationStream
 from lightning_dualpipe.pipeline.transport import Transport
@@ -207,6 +207,10 @@ class Assembly:
         """This rank's parameters by the first name they have in the whole model."""
         same_as = self.part.whole.same_as
         return {same_as[name]: parameter for name, parameter in self.owner.named_parameters()}
+
+    def uncut(self) -> AbstractContextManager[dict[int, str]]:
+        """Within, the model has all its modules; yields names by id of what stands for the parameters elsewhere."""
+        return uncut(self.owner, self.part.whole.same_as)
 
     @property
     def engine(self) -> Engine:

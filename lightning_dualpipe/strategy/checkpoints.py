@@ -20,6 +20,10 @@ __all__ = ["PipelineCheckpoints"]
 _MAIN_WEIGHTS = "main_weights"
 """Where a checkpoint has the float32 weights behind parameters in half precision. Others do not look there."""
 
+_OPTIMIZED = "optimized_parameters"
+"""Where a checkpoint has the names behind the indices of ``optimizer_states``: by optimizer and group. As torch's
+``param_names`` in the groups they would stay there under ``auto``, where ``add_param_group`` then wants names too."""
+
 _CURRENT = "current_model_state"
 """Where Lightning's weight averaging keeps the weights that are trained; ``state_dict`` is their average then."""
 
@@ -54,7 +58,9 @@ class PipelineCheckpoints(PipelineOptimizers):
         checkpoint["state_dict"] |= extra
         if "optimizer_states" in checkpoint:
             states = checkpoint["optimizer_states"]
-            checkpoint["optimizer_states"] = [self.assembly.store.whole_optimizer_state(state) for state in states]
+            collected = [self.assembly.store.whole_optimizer_state(state) for state in states]
+            checkpoint["optimizer_states"] = [state for state, _ in collected]
+            checkpoint[_OPTIMIZED] = [names for _, names in collected]
             if main_weights := self.assembly.store.whole_main_weights(self._sharded):
                 checkpoint[_MAIN_WEIGHTS] = main_weights
         super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
@@ -95,7 +101,9 @@ class PipelineCheckpoints(PipelineOptimizers):
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         assert self.assembly is not None
-        for sharded, state in zip(self._sharded, checkpoint["optimizer_states"], strict=True):
-            self.assembly.store.load_optimizer_state(sharded, state)
+        states = checkpoint["optimizer_states"]
+        optimized = checkpoint.get(_OPTIMIZED, [None] * len(states))
+        for sharded, state, names in zip(self._sharded, states, optimized, strict=True):
+            self.assembly.store.load_optimizer_state(sharded, state, names)
         self.assembly.store.load_main_weights(self._sharded, checkpoint.get(_MAIN_WEIGHTS, {}))
         _optimizers_to_device(self.optimizers, self.root_device)

@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.interface import Layer, as_layers
-from lightning_dualpipe.pipeline.partition import Elsewhere, Whole, keep_only, materialize, partition
+from lightning_dualpipe.pipeline.partition import Elsewhere, Whole, keep_only, materialize, partition, uncut
 
 
 def layers_of(costs, *, glued=()):
@@ -191,6 +191,23 @@ def test_of_a_module_that_is_used_in_part_the_rest_goes():
     keep_only(model, layers[:1], layers)
     assert list(model.state_dict()) == ["block.attention.weight", "block.attention.bias"]
     assert isinstance(block["mlp"], Elsewhere)
+
+
+@pytest.mark.parametrize("stage", range(3))
+def test_for_a_while_the_model_has_all_its_parameters_again_but_no_memory_for_them(stage):
+    model = Model()
+    whole = Whole.of(model, model.layers(), STAGES)
+    before = [(name, parameter.shape, parameter.requires_grad) for name, parameter in model.named_parameters()]
+    cut(model, stage)
+    held, text = {id(parameter) for parameter in model.parameters()}, str(model)
+
+    with uncut(model, whole.same_as) as stand_ins:
+        assert [(name, p.shape, p.requires_grad) for name, p in model.named_parameters()] == before
+        for name, parameter in model.named_parameters():
+            assert (id(parameter) in held) != parameter.is_meta
+            assert stand_ins.get(id(parameter)) == (name if parameter.is_meta else None)
+        assert model.head.weight is model.embedding.weight
+    assert {id(parameter) for parameter in model.parameters()} == held and str(model) == text
 
 
 def test_what_gets_memory_keeps_its_ties_formats_and_flags():
