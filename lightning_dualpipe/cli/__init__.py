@@ -50,7 +50,10 @@ examples:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit code: 2 where the request cannot work. ``args`` as in ``sys.argv[1:]``."""
+    """Run a command and return the exit code: 2 where the request cannot work, 1 where no layout that was planned fits.
+
+    ``args`` as in ``sys.argv[1:]``.
+    """
     given = list(sys.argv[1:] if args is None else args)
     first = given[0] if given else "--help"
     try:
@@ -65,7 +68,7 @@ def main(args: Sequence[str] | None = None) -> int:
         elif first == "plan":
             from lightning_dualpipe.cli.planning import plan
 
-            plan(given[1:])
+            return plan(given[1:])
         elif first in _TRAINER_COMMANDS or first.startswith("-"):
             from lightning_dualpipe.cli.training import train
 

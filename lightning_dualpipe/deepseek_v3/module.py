@@ -264,10 +264,19 @@ class DeepSeekV3(LightningModule):
         """``val_loss`` is the next-token loss in nats per token; means over an epoch are over its tokens."""
         means: Mapping[str, Tensor] = self.model(batch)
         size = int(means["tokens"])
+        self.model.padding.collect()  # the device has been waited for
         self.log(f"{stage}_loss", means["next_token_loss"], batch_size=size, sync_dist=True, prog_bar=True)
         for name in ("mtp_loss", "mtp_agreement"):
             if name in means:
                 self.log(f"{stage}_{name}", means[name], batch_size=size, sync_dist=True)
+
+    @override
+    def on_train_end(self) -> None:
+        self.model.padding.collect(wait=True)  # nobody asks for the answers of the last batches
+
+    @override
+    def on_predict_end(self) -> None:
+        self.model.padding.collect(wait=True)
 
     # ---- optimization -------------------------------------------------------------------------
 
