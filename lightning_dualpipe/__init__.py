@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lightning_dualpipe.deepseek_v3.module import DeepSeekV3
     from lightning_dualpipe.errors import ConfigurationError, DeadlockError, MissingPackageError, ScheduleError
     from lightning_dualpipe.interface import Batch, Flight, Layer, Phase, PipelineModel, TensorSpec, run_uncut
+    from lightning_dualpipe.plugins import FP8Precision
     from lightning_dualpipe.strategy import DualPipeStrategy
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "DeepSeekV3",
     "DeepSeekV3Config",
     "DualPipeStrategy",
+    "FP8Precision",
     "Flight",
     "Layer",
     "MissingPackageError",
@@ -44,6 +46,7 @@ _MODULE_OF = {
     "DeepSeekV3": "deepseek_v3.module",
     "DeepSeekV3Config": "deepseek_v3.config",
     "DualPipeStrategy": "strategy",
+    "FP8Precision": "plugins",
     "Flight": "interface",
     "Layer": "interface",
     "MissingPackageError": "errors",

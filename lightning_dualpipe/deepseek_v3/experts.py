@@ -15,6 +15,7 @@ from lightning_dualpipe.deepseek_v3.recompute import rebuilt
 from lightning_dualpipe.deepseek_v3.swiglu import weighted_swiglu
 from lightning_dualpipe.interface import WeightGradients
 from lightning_dualpipe.precision.grouped_linear import grouped_linear
+from lightning_dualpipe.precision.matmul import GroupedMatmul
 
 __all__ = ["Experts"]
 
@@ -26,6 +27,7 @@ class Experts(nn.Module):
         super().__init__()
         self.first_expert = 0
         self.weight_gradients: WeightGradients | None = None
+        self.grouped_matmuls: dict[str, GroupedMatmul] = dict.fromkeys(("gate_up_proj", "down_proj"), grouped_linear)
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate, hidden))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, intermediate))
 
@@ -36,9 +38,10 @@ class Experts(nn.Module):
 
     def forward(self, x_RD: Tensor, weights_R: Tensor, counts_E: Tensor) -> Tensor:
         """``y_RD``, each row the output of its expert times its weight; the first ``counts_E[0]`` rows are row 0's."""
-        gate_up_RJ = grouped_linear(x_RD, self.gate_up_proj, counts_E, self.weight_gradients)
+        gate_up, down = self.grouped_matmuls["gate_up_proj"], self.grouped_matmuls["down_proj"]
+        gate_up_RJ = gate_up(x_RD, self.gate_up_proj, counts_E, self.weight_gradients)
         y_RI = rebuilt(weighted_swiglu, gate_up_RJ, weights_R)
-        return grouped_linear(y_RI, self.down_proj, counts_E, self.weight_gradients)
+        return down(y_RI, self.down_proj, counts_E, self.weight_gradients)
 
     def keep_experts(self, first: int, count: int) -> None:
         """Hold only experts ``first .. first + count - 1``, in new parameters. Before an optimizer is made."""

@@ -41,6 +41,8 @@ _COST_LENGTH = 4096  # positions for which layers are weighed against each other
 class Transformer(nn.Module):
     """A ``PipelineModel``. Under ``torch.device("meta")`` it takes no memory; else it comes with initial weights."""
 
+    in_high_precision = ("lm_head",)
+
     def __init__(self, config: DeepSeekV3Config, *, seed: int = 0, recompute: Recompute = "none") -> None:
         super().__init__()
         self.config = config

@@ -33,6 +33,8 @@ __all__ = ["MTP"]
 class MTP(nn.Module):
     """One depth. As a layer of a pipeline it turns ``(h, h^1, .., h^(k-1), balance)`` into ``(.., h^k, balance)``."""
 
+    in_high_precision = ("eh_proj",)  # as in the released weights
+
     def __init__(self, config: DeepSeekV3Config, rotary: Rotary, *, depth: int, recompute: Recompute = "none") -> None:
         super().__init__()
         self.depth = depth

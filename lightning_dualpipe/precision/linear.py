@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lightning_dualpipe.interface import WeightGradients
+from lightning_dualpipe.precision.matmul import Matmul
 from lightning_dualpipe.precision.weight_gradients import autocast_to, now_or_later, without_autocast
 
-__all__ = ["linear", "make_linears_deferrable"]
+__all__ = ["give_back", "is_plain", "linear", "make_linears_deferrable", "plain_linears", "take_over"]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, queue: WeightGradients | None = None) -> Tensor:
@@ -36,36 +37,83 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, queue: WeightG
 def make_linears_deferrable(module: nn.Module, queue: WeightGradients) -> Callable[[], None]:
     """Let the weight gradients of ``module`` wait in ``queue``; returns a function that undoes it.
 
-    Every plain ``nn.Linear`` gets a ``forward`` of its own, called through its hooks as before;
-    names, classes and state dicts stay. Layers with an attribute ``weight_gradients`` get the queue.
-    Left as they are: subclasses, layers whose ``forward`` is already replaced, and layers whose
-    weight is not a parameter of its own (``weight_norm``, pruning, tensor subclasses).
+    Every plain ``nn.Linear`` (see ``is_plain``) gets a ``forward`` of its own, called through its hooks as
+    before; names, classes and state dicts stay. Layers with an attribute ``weight_gradients`` get the queue.
     """
-    linears = [layer for layer in module.modules() if isinstance(layer, nn.Linear) and _is_plain(layer)]
-    queues = {layer: layer.weight_gradients for layer in module.modules() if hasattr(layer, "weight_gradients")}
-    for linear_layer in linears:
-        vars(linear_layer)["forward"] = partial(_forward, linear_layer, queue)
-    for layer in queues:
-        vars(layer)["weight_gradients"] = queue
+    linears = [layer for layer in plain_linears(module) if vars(layer).get("weight_gradients") is None]
+    others = [layer for layer in module.modules() if hasattr(layer, "weight_gradients") and not is_plain(layer)]
+    undoing = [take_over(layer) for layer in linears]
+    undoing += [_set(layer, "weight_gradients", queue) for layer in (*linears, *others)]
 
     def undo() -> None:
-        for linear_layer in linears:
-            del vars(linear_layer)["forward"]
-        for layer, before in queues.items():
-            vars(layer)["weight_gradients"] = before
+        while undoing:
+            undoing.pop()()
 
     return undo
 
 
-def _is_plain(layer: nn.Linear) -> bool:
-    if type(layer) is not nn.Linear or "forward" in vars(layer):
+def plain_linears(module: nn.Module) -> list[nn.Linear]:
+    """The layers of ``module``, itself among them, that ``take_over`` takes."""
+    return [layer for layer in module.modules() if isinstance(layer, nn.Linear) and is_plain(layer)]
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether it is an ``nn.Linear`` whose product we may compute.
+
+    Not: subclasses, layers whose ``forward`` somebody else has replaced, and layers whose weight is not a
+    parameter of its own (``weight_norm``, pruning, tensor subclasses).
+    """
+    if type(layer) is not nn.Linear or not (_is_taken(layer) or "forward" not in vars(layer)):
         return False
     bias = layer._parameters.get("bias")
     return type(layer._parameters.get("weight")) is nn.Parameter and (bias is None or type(bias) is nn.Parameter)
 
 
-def _forward(layer: nn.Linear, queue: WeightGradients, input: Tensor) -> Tensor:  # named as in nn.Linear
-    return linear(input, layer.weight, layer.bias, queue)
+def take_over(layer: nn.Linear, matmul: Matmul | None = None) -> Callable[[], None]:
+    """Give ``layer`` a ``forward`` of ours, which multiplies by ``matmul``, if one is given; returns what undoes it."""
+    undo_matmul = _set(layer, "matmul", matmul) if matmul is not None else None
+    undo_forward = _set(layer, "forward", partial(_forward, layer))
+
+    def undo() -> None:
+        undo_forward()
+        if undo_matmul is not None:
+            undo_matmul()
+
+    return undo
+
+
+def give_back(layer: nn.Linear) -> None:
+    """Take the matmul of a plain layer back: it multiplies in high precision again, and has its own ``forward``."""
+    own = vars(layer)
+    own.pop("matmul", None)
+    if own.get("weight_gradients") is None:
+        own.pop("forward", None)
+
+
+def _is_taken(layer: nn.Module) -> bool:
+    forward = vars(layer).get("forward")
+    return isinstance(forward, partial) and forward.func is _forward
+
+
+def _forward(layer: nn.Linear, input: Tensor) -> Tensor:  # named as in nn.Linear
+    own = vars(layer)
+    matmul: Matmul = own.get("matmul", linear)
+    return matmul(input, layer.weight, layer.bias, own.get("weight_gradients"))
+
+
+def _set(layer: nn.Module, name: str, value: object) -> Callable[[], None]:
+    """Set an attribute past ``nn.Module``; returns what sets it back."""
+    own, missing = vars(layer), object()
+    before = own.get(name, missing)
+    own[name] = value
+
+    def undo() -> None:
+        if before is missing:
+            own.pop(name, None)
+        else:
+            own[name] = before
+
+    return undo
 
 
 class _Linear(torch.autograd.Function):
