@@ -6,10 +6,15 @@
 ``dispatcher`` is the only thing that knows where experts live. The parts are public, because a
 decoder block runs them as phases of its own.
 
-Shapes: B sequences, T positions, D hidden.
+With a ``token_format``, tokens that go to experts, and gradients that go there in backward, are rounded to
+FP8 one by one, before they are copied; what comes home is not.
+
+Shapes: B sequences, T positions, D hidden, N = B T tokens, K experts per token.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,7 +22,8 @@ from lightning_dualpipe.deepseek_v3.config import DeepSeekV3Config
 from lightning_dualpipe.deepseek_v3.experts import Experts
 from lightning_dualpipe.deepseek_v3.mlp import MLP
 from lightning_dualpipe.deepseek_v3.router import Router
-from lightning_dualpipe.parallel.dispatch import LocalDispatcher, TokenDispatcher
+from lightning_dualpipe.parallel.dispatch import LocalDispatcher, Routing, TokenDispatcher
+from lightning_dualpipe.precision.fp8_rows import FP8Rows
 
 __all__ = ["MoE"]
 
@@ -27,6 +33,7 @@ class MoE(nn.Module):
         super().__init__()
         self.num_experts = config.n_routed_experts
         self.dispatcher: TokenDispatcher = LocalDispatcher(config.n_routed_experts)
+        self.token_format: FP8Rows | None = None
         self.gate = Router(config)
         self.experts = Experts(config.n_routed_experts, config.hidden_size, config.moe_intermediate_size)
         self.shared_experts: nn.Module = NoSharedExperts()
@@ -36,10 +43,22 @@ class MoE(nn.Module):
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """``(y_BTD, balance_B)``."""
         weights_NK, experts_NK, balance_B = self.gate(x_BTD)
-        x_RD, weights_R, routing = self.dispatcher.dispatch(x_BTD.flatten(0, 1), weights_NK, experts_NK)
+        dispatcher, packed = self.dispatcher, self.pack(x_BTD.flatten(0, 1), weights_NK, experts_NK)
+        x_RD, weights_R, routing = dispatcher.unpack(*dispatcher.sent(*packed))
         y_RD = self.experts(x_RD, weights_R, routing.counts_E)
-        y_ND = self.dispatcher.combine(y_RD, routing)
+        y_ND = self.collect(*dispatcher.sent_back(dispatcher.gather(y_RD, routing), routing))
         return y_ND.view_as(x_BTD) + self.shared_experts(x_BTD), balance_B
+
+    def pack(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """``dispatcher.pack`` of tokens in the format in which they travel."""
+        if self.token_format is not None:
+            x_ND = self.token_format.round(x_ND)
+        return self.dispatcher.pack(x_ND, weights_NK, experts_NK)
+
+    def collect(self, rows: Tensor, routing: Routing) -> Tensor:
+        """``y_ND`` of ``dispatcher.collect``, whose gradient travels in that format."""
+        y_ND = self.dispatcher.collect(rows, routing)
+        return y_ND if self.token_format is None else self.token_format.round_gradient(y_ND)
 
     @property
     def num_local_experts(self) -> int:
@@ -50,6 +69,11 @@ class MoE(nn.Module):
         """Exchange tokens through ``dispatcher`` and keep its local experts only. Before an optimizer is made."""
         self.experts.keep_experts(dispatcher.first_local_expert, dispatcher.num_local_experts)
         self.dispatcher = dispatcher
+        self.use_token_format(self.token_format)
+
+    def use_token_format(self, rows: FP8Rows | None) -> None:
+        """Round what goes to experts to that grid, and let it travel so; None: leave it as it is."""
+        self.token_format = self.dispatcher.row_format = rows
 
 
 class NoSharedExperts(nn.Module):

@@ -9,6 +9,8 @@ way round. It has a stream of its own, which waits for ours when a call is made;
 
 This is the only file that knows the library, and it imports it where it is used.
 
+Rows in a ``row_format`` are a pair for it: values of a byte, and a float32 for each tile, which it passes on.
+
 Shapes: N tokens here, C copies that came here, K experts chosen per token, D width.
 """
 
@@ -27,6 +29,7 @@ from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.interface import Flight, Values
 from lightning_dualpipe.parallel.dispatch import Routing, experts_per_rank
 from lightning_dualpipe.parallel.flight import used_here
+from lightning_dualpipe.parallel.row_format import RowFormat
 from lightning_dualpipe.parallel.token_copies import CopyDispatcher, CopyRouting, Landed
 
 __all__ = ["DeepEPBuffers", "DeepEPDispatcher", "why_not_deepep"]
@@ -76,14 +79,40 @@ class DeepEPDispatcher(CopyDispatcher):
                 f"DeepEP sends bfloat16, and a layer of this model gave it {rows.dtype}; use precision='bf16-true', "
                 "or dispatcher='node'"
             )
+        if self.row_format is not None and rows.shape[1] % 16:
+            raise ConfigurationError(
+                f"DeepEP sends FP8 rows in pieces of 16 bytes, and rows of this model have {rows.shape[1]}; use a "
+                "hidden_size that is a multiple of 16, dispatcher='node', or send tokens in bf16"
+            )
         buffer = self._buffers.holding(rows, num_topk=plan.shape[1])
-        sent = buffer.dispatch(rows.contiguous(), weights.float().contiguous(), plan.contiguous(), self._num_experts)
-        return _Dispatch(buffer, sent, (rows, weights, plan), weights.dtype)
+        leaving = _leaving(rows, self.row_format)
+        sent = buffer.dispatch(leaving, weights.float().contiguous(), plan.contiguous(), self._num_experts)
+        return _Dispatch(buffer, sent, (rows, leaving, weights, plan), weights.dtype, self.row_format)
 
     def send_back(self, rows: Tensor, routing: Routing) -> Flight:
         assert isinstance(routing, CopyRouting), "a routing belongs to the dispatcher that made it"
         buffer, handle = routing.journey
-        return _Combine.launch(buffer, handle, rows, None, routing)
+        return _Combine.launch(buffer, handle, rows, None, routing, self.row_format)
+
+
+_Rows = Tensor | tuple[Tensor, Tensor]
+"""As they travel: [N, D] in bfloat16, or values [N, D] in FP8 and scales [N, T] in float32."""
+
+
+def _leaving(rows: Tensor, row_format: RowFormat | None) -> _Rows:
+    if row_format is None:
+        return rows.contiguous()
+    values, scales = row_format.encode(rows)
+    return values.contiguous(), scales.contiguous()
+
+
+def _arrived(rows: _Rows, row_format: RowFormat | None) -> Tensor:
+    if isinstance(rows, Tensor):
+        used_here(rows)
+        return rows
+    assert row_format is not None, "what was sent in FP8 arrives so, and nothing else"
+    used_here(*rows)
+    return row_format.decode(*rows, torch.bfloat16)
 
 
 class DeepEPBuffers:
@@ -113,7 +142,7 @@ class _Needed(NamedTuple):
 
 
 class _Sent(NamedTuple):
-    x_CD: Tensor
+    x_CD: _Rows
     experts_CK: Tensor  # local indices, -1 elsewhere
     weights_CK: Tensor
     num_rows: int
@@ -128,10 +157,10 @@ class _Buffer(ABC):
     def holds(self, needed: _Needed) -> bool: ...
 
     @abstractmethod
-    def dispatch(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor, num_experts: int) -> _Sent: ...
+    def dispatch(self, x_ND: _Rows, weights_NK: Tensor, experts_NK: Tensor, num_experts: int) -> _Sent: ...
 
     @abstractmethod
-    def dispatch_again(self, x_ND: Tensor, handle: Any) -> tuple[Tensor, Any]:
+    def dispatch_again(self, x_ND: _Rows, handle: Any) -> tuple[_Rows, Any]:
         """``(x_CD, event)``."""
 
     @abstractmethod
@@ -157,7 +186,7 @@ class _Elastic(_Buffer):
     def holds(self, needed: _Needed) -> bool:
         return all(has >= wants for has, wants in zip(self._holds, needed, strict=True))
 
-    def dispatch(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor, num_experts: int) -> _Sent:
+    def dispatch(self, x_ND: _Rows, weights_NK: Tensor, experts_NK: Tensor, num_experts: int) -> _Sent:
         x_CD, experts_CK, weights_CK, handle, event = self._buffer.dispatch(
             x_ND,
             topk_idx=experts_NK.to(self._index_dtype),
@@ -167,7 +196,7 @@ class _Elastic(_Buffer):
         )
         return _Sent(x_CD, experts_CK, weights_CK, sum(handle.num_recv_tokens_per_expert_list), handle, event)
 
-    def dispatch_again(self, x_ND: Tensor, handle: Any) -> tuple[Tensor, Any]:
+    def dispatch_again(self, x_ND: _Rows, handle: Any) -> tuple[_Rows, Any]:
         # without num_sms it would ask how many suit num_experts, which is not given a second time
         x_CD, _, _, _, event = self._buffer.dispatch(
             x_ND, handle=handle, num_sms=handle.num_sms, async_with_compute_stream=True
@@ -197,7 +226,7 @@ class _Legacy(_Buffer):
     def holds(self, needed: _Needed) -> bool:
         return self._width >= needed.width  # tokens pass through in chunks, however many there are
 
-    def dispatch(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor, num_experts: int) -> _Sent:
+    def dispatch(self, x_ND: _Rows, weights_NK: Tensor, experts_NK: Tensor, num_experts: int) -> _Sent:
         per_rank, per_rdma_rank, per_expert, in_rank, layout_done = self._buffer.get_dispatch_layout(
             experts_NK, num_experts, async_finish=True
         )
@@ -215,7 +244,7 @@ class _Legacy(_Buffer):
         )
         return _Sent(x_CD, experts_CK, weights_CK, sum(rows_E), handle, event)
 
-    def dispatch_again(self, x_ND: Tensor, handle: Any) -> tuple[Tensor, Any]:
+    def dispatch_again(self, x_ND: _Rows, handle: Any) -> tuple[_Rows, Any]:
         x_CD, _, _, _, _, event = self._buffer.dispatch(x_ND, handle=handle, async_finish=True)
         return x_CD, event
 
@@ -237,16 +266,17 @@ class _Dispatch:
     sent: _Sent | None
     leaving: Values  # must live until they have left
     weights_dtype: torch.dtype
+    row_format: RowFormat | None
     handle: Any = None
 
     def land(self) -> Values:
         assert self.sent is not None, "a flight lands once"
         x_CD, experts_CK, weights_CK, num_rows, self.handle, event = self.sent
         event.current_stream_wait()
-        used_here(x_CD, experts_CK, weights_CK)
+        used_here(experts_CK, weights_CK)
         self.leaving, self.sent = (), None
         landed = Landed(experts_CK.to(torch.int64), 0, 1, num_rows, (self.buffer, self.handle))
-        return x_CD, weights_CK.to(self.weights_dtype), landed
+        return _arrived(x_CD, self.row_format), weights_CK.to(self.weights_dtype), landed
 
     def back(self, gradients: Values) -> Flight:
         grad_CD, grad_CK, _ = gradients
@@ -263,25 +293,33 @@ class _Combine:
     arriving: Values
     event: Any
     routing: Routing | None
+    row_format: RowFormat | None  # of its gradients; where it is the way of gradients, of what lands
     weights_dtype: torch.dtype | None = None
 
     @classmethod
     def launch(
-        cls, buffer: _Buffer, handle: Any, x_CD: Tensor, weights_CK: Tensor | None, routing: Routing | None
+        cls,
+        buffer: _Buffer,
+        handle: Any,
+        x_CD: Tensor,
+        weights_CK: Tensor | None,
+        routing: Routing | None,
+        row_format: RowFormat | None = None,
     ) -> _Combine:
         given = None if weights_CK is None else weights_CK.float().contiguous()
         x_ND, weights_NK, event = buffer.combine(x_CD.contiguous(), given, handle)
         arriving = (x_ND,) if weights_CK is None else (x_ND, weights_NK)
         weights_dtype = None if weights_CK is None else weights_CK.dtype
-        return cls(buffer, handle, (x_CD, given), arriving, event, routing, weights_dtype)
+        return cls(buffer, handle, (x_CD, given), arriving, event, routing, row_format, weights_dtype)
 
     def land(self) -> Values:
         self.event.current_stream_wait()
         x, *weights = self.arriving
-        used_here(x, *weights)
+        used_here(*weights)
         self.leaving, self.arriving = (), ()
-        return x, *(each.to(self.weights_dtype) for each in weights), self.routing
+        return _arrived(x, self.row_format), *(each.to(self.weights_dtype) for each in weights), self.routing
 
     def back(self, gradients: Values) -> Flight:
-        x_CD, event = self.buffer.dispatch_again(gradients[0].contiguous(), self.handle)
-        return _Combine(self.buffer, self.handle, (gradients[0],), (x_CD,), event, None)
+        leaving = _leaving(gradients[0], self.row_format)
+        x_CD, event = self.buffer.dispatch_again(leaving, self.handle)
+        return _Combine(self.buffer, self.handle, (gradients[0], leaving), (x_CD,), event, None, self.row_format)

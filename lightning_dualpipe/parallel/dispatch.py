@@ -38,6 +38,7 @@ from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.interface import Flight, Values
 from lightning_dualpipe.parallel.all_to_all import Crossing, agree
 from lightning_dualpipe.parallel.flight import fly, used_here
+from lightning_dualpipe.parallel.row_format import RowFormat, sent_in, with_gradients_in
 from lightning_dualpipe.parallel.rows import RowOrder, invert, permute_rows
 
 __all__ = [
@@ -70,6 +71,11 @@ class TokenDispatcher(ABC):
     first_local_expert: int
     crosses_ranks: bool
     """Whether ``send`` and ``send_back`` talk to anybody."""
+    row_format: RowFormat | None = None
+    """How rows travel in ``send``, and gradients in the backward of ``send_back``; None: as they are.
+
+    They have been rounded to it before.
+    """
 
     @abstractmethod
     def pack(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> tuple[Tensor, Tensor, Any]:
@@ -195,7 +201,8 @@ class AllToAllDispatcher(TokenDispatcher):
         num_ranks = self._group.size()
         leaving_SE = plan.counts(num_ranks * self.num_local_experts).view(num_ranks, -1)
         arriving_SE, crossing = agree(leaving_SE, self._group)
-        return crossing.launch(rows, weights, beside=[_Crossed(plan, crossing, arriving_SE)])
+        beside = [_Crossed(plan, crossing, arriving_SE)]
+        return sent_in(self.row_format, rows, lambda written: crossing.launch(written, weights, beside=beside))
 
     def unpack(self, rows: Tensor, weights: Tensor, plan: _Crossed) -> tuple[Tensor, Tensor, Routing]:
         used_here(plan.arriving_SE)  # made where it was sent from, and freed when the host is done with this function
@@ -212,7 +219,7 @@ class AllToAllDispatcher(TokenDispatcher):
 
     def send_back(self, rows: Tensor, routing: Routing) -> Flight:
         assert isinstance(routing, _CrossRouting)
-        return routing.crossing.reversed().launch(rows, beside=[routing])
+        return with_gradients_in(self.row_format, routing.crossing.reversed().launch(rows, beside=[routing]))
 
     def collect(self, rows: Tensor, routing: Routing) -> Tensor:
         assert isinstance(routing, _CrossRouting)

@@ -35,6 +35,7 @@ from lightning_dualpipe.parallel.copies import Copies, Places, place_of
 from lightning_dualpipe.parallel.dispatch import Routing, experts_per_rank
 from lightning_dualpipe.parallel.flight import used_here
 from lightning_dualpipe.parallel.relay import Relay
+from lightning_dualpipe.parallel.row_format import sent_in, with_gradients_in
 from lightning_dualpipe.parallel.token_copies import CopyDispatcher, CopyRouting, Landed
 from lightning_dualpipe.parallel.traffic import Traffic
 
@@ -78,6 +79,14 @@ class NodeDispatcher(CopyDispatcher):
         self._routes = routes
 
     def send(self, rows: Tensor, weights: Tensor, plan: Tensor) -> Flight:
+        return sent_in(self.row_format, rows, lambda written: self._depart(written, weights, plan))
+
+    def send_back(self, rows: Tensor, routing: Routing) -> Flight:
+        assert isinstance(routing, CopyRouting)
+        return with_gradients_in(self.row_format, _Combine(routing.journey.home((rows,)), routing))
+
+    def _depart(self, rows: Tensor, weights: Tensor, plan: Tensor) -> Flight:
+        """``rows`` as they travel."""
         routes = self._routes
         counts = _Counts.agree(plan.div(self.num_local_experts, rounding_mode="floor"), routes)
         state, weight = (tensor.shape[1] * tensor.element_size() for tensor in (rows, weights))
@@ -94,10 +103,6 @@ class NodeDispatcher(CopyDispatcher):
         ]
         journey = _Journey(hops, routes.relay, (rows, weights, experts))
         return _Dispatch(journey, self.first_local_expert, counts)
-
-    def send_back(self, rows: Tensor, routing: Routing) -> Flight:
-        assert isinstance(routing, CopyRouting)
-        return _Combine(routing.journey.home((rows,)), routing)
 
 
 @dataclass(slots=True, eq=False)

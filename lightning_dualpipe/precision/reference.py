@@ -121,9 +121,14 @@ def grad_weight(grad_MN: Tensor, x_MK: Tensor, recipe: Recipe) -> Tensor:
 def round_to_grid(x: Tensor, how: Operand) -> Tensor:
     """What is left of ``x`` [.., K] after quantising its rows, in its own dtype.
 
-    With scales that are powers of two nothing is lost when it is quantised again in the same tiles.
+    With scales that are powers of two nothing is lost when it is quantised again in the same tiles. For that
+    to be so it never becomes infinite: the largest magnitude is that of the grid within the dtype.
     """
-    return dequantise(quantise(x.reshape(-1, x.shape[-1]), how)).to(x.dtype).view(x.shape)
+    eps = torch.finfo(FORMATS[how.format]).eps
+    _, exponent = math.frexp(min(torch.finfo(x.dtype).max, torch.finfo(torch.float32).max))
+    largest = math.ldexp(1 - eps / 2, exponent)
+    rounded = dequantise(quantise(x.reshape(-1, x.shape[-1]), how)).clamp_(-largest, largest)
+    return rounded.to(x.dtype).view(x.shape)
 
 
 def _product(a: Tensor, how_a: Operand | None, b: Tensor, how_b: Operand | None) -> Tensor:

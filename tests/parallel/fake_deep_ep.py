@@ -20,6 +20,8 @@ class Event:
         """``tensor`` gets its values when this event is waited for."""
         if tensor is None:
             return None
+        if isinstance(tensor, tuple):
+            return tuple(map(self.fill_late, tensor))
         empty = torch.full_like(tensor, -7)
         self.late.append((empty, tensor))
         return empty
@@ -40,34 +42,60 @@ def _check(x, dtype, dim=2):
     assert x.dtype == dtype and x.dim() == dim and x.is_contiguous()
 
 
+def _check_rows(x):
+    """In bfloat16, or in FP8 with scales; both versions send pieces of 16 bytes."""
+    if isinstance(x, tuple):
+        values, scales = x
+        _check(values, torch.float8_e4m3fn)
+        assert scales.dtype == torch.float32 and len(scales) == len(values), "packed UE8M0 would do as well"
+    else:
+        values = x
+        _check(values, torch.bfloat16)
+    assert values.shape[1] * values.element_size() % 16 == 0
+
+
+def _parts(x):
+    """FP8 as bytes: nobody pickles it."""
+    return (x[0].view(torch.uint8), x[1]) if isinstance(x, tuple) else (x,)
+
+
+def _whole(parts):
+    return parts[0] if len(parts) == 1 else (parts[0].view(torch.float8_e4m3fn), parts[1])
+
+
 class _Exchange:
     def __init__(self, group, *, hidden=None):
         self.group = group
         self.calls = []
 
     def _arrive(self, x, experts, weights, num_experts):
-        _check(x, torch.bfloat16)
+        _check_rows(x)
         _check(experts, torch.int64)
         _check(weights, torch.float32)
         local = num_experts // self.group.size()
         first = self.group.rank() * local
-        xs, indices, ws, came = [], [], [], []
-        for source, (x_s, experts_s, weights_s) in enumerate(_everybodys(self.group, x, experts, weights)):
+        xs, indices, ws, came = [[] for _ in _parts(x)], [], [], []
+        for source, (x_s, experts_s, weights_s) in enumerate(_everybodys(self.group, _parts(x), experts, weights)):
             mine = (experts_s >= first) & (experts_s < first + local)
             tokens = mine.any(1).nonzero().flatten()
-            xs.append(x_s[tokens])
+            for part, rows in zip(x_s, xs, strict=True):
+                rows.append(part[tokens])
             indices.append(torch.where(mine, experts_s - first, -1)[tokens])
             ws.append(weights_s[tokens])  # also of experts elsewhere
             came += [(source, int(token)) for token in tokens]
         index = torch.cat(indices)
         counts = [int((index == expert).sum()) for expert in range(local)]
-        return torch.cat(xs), index, torch.cat(ws), counts, SimpleNamespace(came=came, num_tokens=len(x))
+        handle = SimpleNamespace(came=came, num_tokens=len(_parts(x)[0]))
+        return _whole([torch.cat(rows) for rows in xs]), index, torch.cat(ws), counts, handle
 
     def _arrive_again(self, x, handle):
-        _check(x, torch.bfloat16)
-        everybodys = [x_s for (x_s,) in _everybodys(self.group, x)]
-        rows = [everybodys[source][token] for source, token in handle.came]
-        return torch.stack(rows) if rows else x.new_empty(0, x.shape[1])
+        _check_rows(x)
+        everybodys = [parts for (parts,) in _everybodys(self.group, _parts(x))]
+        arrived = []
+        for index, part in enumerate(_parts(x)):
+            rows = [everybodys[source][index][token] for source, token in handle.came]
+            arrived.append(torch.stack(rows) if rows else part.new_empty(0, part.shape[1]))
+        return _whole(arrived)
 
     def _home(self, x, weights, handle):
         _check(x, torch.bfloat16)
@@ -132,7 +160,7 @@ class Buffer(_Exchange):
             assert topk_idx is None and topk_weights is None
             return event.fill_late(self._arrive_again(x, handle[0])), None, None, None, None, event
         assert num_tokens_per_rank is not None and is_token_in_rank is not None and num_tokens_per_expert is not None
-        assert len(is_token_in_rank) == len(x)
+        assert len(is_token_in_rank) == len(_parts(x)[0])
         x, index, weights, counts, handle = self._arrive(x, topk_idx, topk_weights, len(num_tokens_per_expert))
         late = map(event.fill_late, (x, index, weights))
         return *late, counts, (handle, "five more tensors"), event
@@ -190,7 +218,7 @@ class ElasticBuffer(_Exchange):
         allocate_on_comm_stream=False,
         handle=None,
     ):
-        assert len(x) <= self.num_max_tokens_per_rank
+        assert len(_parts(x)[0]) <= self.num_max_tokens_per_rank
         assert num_sms or num_experts, "it asks get_theoretical_num_sms, which takes the number of experts"
         event = Event()
         if handle is not None:
