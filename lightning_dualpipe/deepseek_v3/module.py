@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Self, cast, get_args
+from typing import Any, Self, cast, get_args
 
 import torch
 from lightning.pytorch import LightningModule
@@ -30,7 +30,7 @@ from lightning_dualpipe.deepseek_v3.convert import load_pretrained, read_pretrai
 from lightning_dualpipe.deepseek_v3.count import count_parameters, training_flops
 from lightning_dualpipe.deepseek_v3.data_contract import TokenIds, check_data, check_token_ids, token_ids_of
 from lightning_dualpipe.deepseek_v3.hf_names import Part, parts_of
-from lightning_dualpipe.deepseek_v3.hf_writer import save_weights
+from lightning_dualpipe.deepseek_v3.hf_writer import FileDtype, save_weights
 from lightning_dualpipe.deepseek_v3.learning_rate import LearningRateSchedule, learning_rate_factor
 from lightning_dualpipe.deepseek_v3.model import Transformer
 from lightning_dualpipe.deepseek_v3.padding import MASK
@@ -168,12 +168,14 @@ class DeepSeekV3(LightningModule):
         self,
         directory: str | Path,
         *,
-        dtype: Literal["float32", "bfloat16"] = "bfloat16",
+        dtype: FileDtype = "bfloat16",
         max_shard_size: int | str = "5GB",
         overwrite: bool = False,
         token_ids: TokenIds | None = None,
     ) -> None:
         """Write a Hugging Face directory that transformers and serving engines read.
+
+        ``dtype="float8_block"`` writes the format of DeepSeek's release: FP8 in blocks of 128 x 128, the rest bfloat16.
 
         With several ranks all of them call this. Rank 0 writes, and all return when the directory is complete, or
         raise what kept rank 0 from writing. ``token_ids`` are by default those of the data the model was trained on;
