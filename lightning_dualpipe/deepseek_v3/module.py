@@ -29,6 +29,7 @@ from lightning_dualpipe.deepseek_v3.config import ConfigOverrides, DeepSeekV3Con
 from lightning_dualpipe.deepseek_v3.convert import load_pretrained, read_pretrained_config, read_token_ids
 from lightning_dualpipe.deepseek_v3.count import count_parameters, training_flops
 from lightning_dualpipe.deepseek_v3.data_contract import TokenIds, check_data, check_token_ids, token_ids_of
+from lightning_dualpipe.deepseek_v3.generation.generates import Generates
 from lightning_dualpipe.deepseek_v3.hf_names import Part, parts_of
 from lightning_dualpipe.deepseek_v3.hf_writer import FileDtype, save_weights
 from lightning_dualpipe.deepseek_v3.learning_rate import LearningRateSchedule, learning_rate_factor
@@ -41,7 +42,7 @@ from lightning_dualpipe.interface import Batch, ReplicaAware
 __all__ = ["DeepSeekV3"]
 
 
-class DeepSeekV3(LightningModule):
+class DeepSeekV3(Generates, LightningModule):
     """A trainable DeepSeek-V3.
 
     Args:
