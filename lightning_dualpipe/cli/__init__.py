@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 from lightning_dualpipe import __version__
-from lightning_dualpipe.errors import ConfigurationError, MissingPackageError
+from lightning_dualpipe.errors import CheckpointError, ConfigurationError, MissingPackageError
 
 __all__ = ["main"]
 
@@ -97,7 +97,7 @@ def _unknown(command: str) -> str:
 def _reason(error: BaseException | None) -> Exception | None:
     """The error that was meant for the user; cleaning up after it may have raised others."""
     while error is not None:
-        if isinstance(error, ConfigurationError | MissingPackageError):
+        if isinstance(error, CheckpointError | ConfigurationError | MissingPackageError):
             return error
         error = error.__cause__ or error.__context__
     return None

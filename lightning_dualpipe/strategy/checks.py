@@ -33,6 +33,7 @@ def check_arguments(
     num_microbatches: int | Literal["auto"],
     precision: str,
     dispatcher: str,
+    save_distributed_checkpoint: object,
 ) -> None:
     problems = [
         f"{name}={value!r} must be a positive whole number{or_auto}"
@@ -49,6 +50,8 @@ def check_arguments(
         problems.append(f"optimizer_precision={precision!r} is neither '32' nor 'parameters'")
     if dispatcher not in DISPATCHERS:
         problems.append(f"dispatcher={dispatcher!r} is not one of {', '.join(DISPATCHERS)}")
+    if save_distributed_checkpoint not in (True, False, "async"):
+        problems.append(f"save_distributed_checkpoint={save_distributed_checkpoint!r} is neither a bool nor 'async'")
     if problems:
         raise ConfigurationError.of("DualPipeStrategy cannot be built", problems)
 

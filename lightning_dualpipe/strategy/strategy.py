@@ -6,7 +6,7 @@
     backward        hands the gradients over, summed over every rank that holds the parameter
     optimizers      step on this rank's share of what they update, then share the result
     clipping        by the norm of the whole model, each parameter counted once
-    checkpoints     one file, as ``strategy="auto"`` would have written it
+    checkpoints     one file, as ``strategy="auto"`` would have written it, or a directory of all ranks' parts
 
 What a rank holds is decided by ``strategy.assembly``, who reads the data by ``strategy.reader``; the
 base classes talk to other ranks (``collectives``), share out ``optimizers``, read and write checkpoints and show the
@@ -31,7 +31,7 @@ from lightning.fabric.utilities.distributed import (
 )
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states, pl_worker_init_function
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
@@ -82,6 +82,8 @@ class DualPipeStrategy(PipelinePrecision):
             for its own tokens; results are the same.
         dispatcher: the way of tokens to their experts, by its name in ``parallel.choice``; ``"auto"`` takes the best
             that can run here, and says why.
+        save_distributed_checkpoint: every rank writes what it has into a directory, ``"async"``: while training goes
+            on; off, rank 0 writes one file.
         process_group_backend: ``nccl`` on GPUs and ``gloo`` on CPUs by default.
         timeout: how long a collective may wait before the run is given up.
     """
@@ -97,6 +99,7 @@ class DualPipeStrategy(PipelinePrecision):
         overlap: bool = True,
         optimizer_precision: Literal["32", "parameters"] = "32",
         dispatcher: Literal["auto", "all_to_all", "node", "deepep"] = "auto",
+        save_distributed_checkpoint: bool | Literal["async"] = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         accelerator: Accelerator | None = None,
@@ -106,15 +109,15 @@ class DualPipeStrategy(PipelinePrecision):
         precision_plugin: Precision | None = None,
     ) -> None:
         check_arguments(
-            pipeline_parallel_size, expert_parallel_size, schedule, num_microbatches, optimizer_precision, dispatcher
+            pipeline_parallel_size,
+            expert_parallel_size,
+            schedule,
+            num_microbatches,
+            optimizer_precision,
+            dispatcher,
+            save_distributed_checkpoint,
         )
-        super().__init__(
-            accelerator=accelerator,
-            parallel_devices=parallel_devices,
-            cluster_environment=cluster_environment,
-            checkpoint_io=checkpoint_io,
-            precision_plugin=precision_plugin,
-        )
+        super().__init__(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
         self.pipeline_parallel_size = pipeline_parallel_size
         self.expert_parallel_size = expert_parallel_size
         self.schedule = schedule
@@ -122,6 +125,7 @@ class DualPipeStrategy(PipelinePrecision):
         self.overlap = overlap
         self.optimizer_precision = optimizer_precision
         self.dispatcher = dispatcher
+        self.save_distributed_checkpoint = save_distributed_checkpoint
         self.num_nodes = 1
         self._backend = process_group_backend
         self._timeout = timeout or default_pg_timeout
@@ -140,11 +144,6 @@ class DualPipeStrategy(PipelinePrecision):
             expert=self.expert_parallel_size,
             per_node=self.num_processes or None,
         )
-
-    @property
-    def _module(self) -> LightningModule:
-        assert self.lightning_module is not None, "the Trainer connects a module before it calls its strategy"
-        return self.lightning_module
 
     @property
     @override
@@ -376,3 +375,4 @@ class DualPipeStrategy(PipelinePrecision):
         self.precision_plugin.teardown()
         self.accelerator.teardown()
         self.checkpoint_io.teardown()
+        self._finish_saving()
