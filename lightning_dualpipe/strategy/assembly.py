@@ -1,7 +1,7 @@
 """Put together what one rank runs: its part of the model, the engine, and who else holds what.
 
 find      the submodule that follows ``interface.PipelineModel``
-cut       its layers into stages of equal cost; keep this rank's, replace the rest by placeholders
+cut       its layers into stages, ranks of equal cost; keep this rank's, replace the rest by placeholders
 spread    experts over the ranks of the expert group
 fill      memory and initial weights for what was built on the meta device
 attach    the model's ``forward`` becomes the pipeline
@@ -125,7 +125,7 @@ class Part:
                 "use the first Trainer again, or build the module anew and load its checkpoint"
             )
         layers = as_layers(model.layers())
-        stages = partition(layers, placement.num_stages)
+        stages = partition(layers, placement.placement)
         part = cls(layers, stages, Whole.of(owner, layers, stages), made_for)
         kept = [layers[index] for stage in placement.stages_on(rank) for index in stages[stage]]
         keep_only(module, kept, layers)

@@ -138,8 +138,8 @@ def check_model(owner: LightningModule, schedule: str, layout: ParallelLayout) -
             return False
         raise
     layers = as_layers(model.layers())
-    num_stages = build_schedule(program_name(schedule, layout), layout.pipeline, 1).num_stages
-    Whole.of(owner, layers, partition(layers, num_stages))
+    placement = build_schedule(program_name(schedule, layout), layout.pipeline, 1).placement
+    Whole.of(owner, layers, partition(layers, placement))
     check_experts(owner, layout)
     return True
 
