@@ -98,7 +98,7 @@ class MoEBlock(Block):
         h_BTD = self._attended(h_BTD)
         x_BTD = rebuilt(self.post_attention_layernorm, h_BTD)
         weights_NK, experts_NK, own_B = self.mlp.gate(x_BTD, batch.get(MASK))
-        packed = self.mlp.pack(x_BTD.flatten(0, 1), weights_NK, experts_NK)
+        packed = self.mlp.dispatcher.pack(self.mlp.to_experts(x_BTD.flatten(0, 1)), weights_NK, experts_NK)
         return *packed, h_BTD, x_BTD, balance_B + own_B
 
     def _shared_experts(self, h_BTD: Tensor, x_BTD: Tensor) -> Tensor:
@@ -111,7 +111,8 @@ class MoEBlock(Block):
         return self.mlp.dispatcher.gather(y_RD, routing), routing
 
     def _add(self, rows: Tensor, routing: Routing, h_BTD: Tensor, balance_B: Tensor) -> Values:
-        return h_BTD + self.mlp.collect(rows, routing).view_as(h_BTD), balance_B
+        y_ND = self.mlp.from_experts(self.mlp.dispatcher.collect(rows, routing))
+        return h_BTD + y_ND.view_as(h_BTD), balance_B
 
     # The dispatcher is looked up when a phase runs: a strategy replaces it after it has cut the model.
 

@@ -14,15 +14,13 @@ Shapes: B sequences, T positions, D hidden, N = B T tokens, K experts per token.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from lightning_dualpipe.deepseek_v3.config import DeepSeekV3Config
 from lightning_dualpipe.deepseek_v3.experts import Experts
 from lightning_dualpipe.deepseek_v3.mlp import MLP
 from lightning_dualpipe.deepseek_v3.router import Router
-from lightning_dualpipe.parallel.dispatch import LocalDispatcher, Routing, TokenDispatcher
+from lightning_dualpipe.parallel.dispatch import LocalDispatcher, TokenDispatcher
 from lightning_dualpipe.precision.fp8_rows import FP8Rows
 
 __all__ = ["MoE"]
@@ -43,21 +41,18 @@ class MoE(nn.Module):
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """``(y_BTD, balance_B)``."""
         weights_NK, experts_NK, balance_B = self.gate(x_BTD)
-        dispatcher, packed = self.dispatcher, self.pack(x_BTD.flatten(0, 1), weights_NK, experts_NK)
-        x_RD, weights_R, routing = dispatcher.unpack(*dispatcher.sent(*packed))
+        x_ND = self.to_experts(x_BTD.flatten(0, 1))
+        x_RD, weights_R, routing = self.dispatcher.dispatch(x_ND, weights_NK, experts_NK)
         y_RD = self.experts(x_RD, weights_R, routing.counts_E)
-        y_ND = self.collect(*dispatcher.sent_back(dispatcher.gather(y_RD, routing), routing))
+        y_ND = self.from_experts(self.dispatcher.combine(y_RD, routing))
         return y_ND.view_as(x_BTD) + self.shared_experts(x_BTD), balance_B
 
-    def pack(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> tuple[Tensor, Tensor, Any]:
-        """``dispatcher.pack`` of tokens in the format in which they travel."""
-        if self.token_format is not None:
-            x_ND = self.token_format.round(x_ND)
-        return self.dispatcher.pack(x_ND, weights_NK, experts_NK)
+    def to_experts(self, x_ND: Tensor) -> Tensor:
+        """Tokens as they go into ``dispatcher``: on the grid of the format in which they travel."""
+        return x_ND if self.token_format is None else self.token_format.round(x_ND)
 
-    def collect(self, rows: Tensor, routing: Routing) -> Tensor:
-        """``y_ND`` of ``dispatcher.collect``, whose gradient travels in that format."""
-        y_ND = self.dispatcher.collect(rows, routing)
+    def from_experts(self, y_ND: Tensor) -> Tensor:
+        """What comes out of it, as it is; on that grid is its gradient, which goes to experts in backward."""
         return y_ND if self.token_format is None else self.token_format.round_gradient(y_ND)
 
     @property

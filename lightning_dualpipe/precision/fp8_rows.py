@@ -7,8 +7,9 @@ Tokens and gradients are rounded one by one, before they are copied, wherever th
 where nothing travels. So results do not depend on who sends what where, and rows that do travel are on
 the grid already: writing them as FP8 values and scales loses nothing (technical report, section 3.3.3).
 
-The experts' own products round rows in the same tiles, and find nothing left to round; only the gradient
-of a weight, in whose tiles lie 128 tokens, sees what was rounded here.
+The experts' own products round rows in the same tiles, and find nothing left to round. The gradient of a
+weight rounds other tiles, of 128 tokens; there a value keeps its four significant bits as well, unless it
+was less than 2^-14 of the largest one beside it.
 
 Shapes: N tokens, R rows, D width, T tiles of a row.
 """
