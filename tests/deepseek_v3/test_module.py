@@ -184,6 +184,8 @@ def test_all_ranks_export_one_model_and_return_when_it_is_there(layout: str, tmp
     in_fp8, expected = stored(tmp_path / "fp8"), stored(tmp_path / "one_process")
     assert in_fp8.keys() == expected.keys() and any(key.endswith("_scale_inv") for key in in_fp8)
     assert all(torch.equal(in_fp8[key].float(), tensor.float()) for key, tensor in expected.items())
+    DeepSeekV3.from_pretrained(tmp_path / "fp8").save_pretrained(tmp_path / "round", dtype="float8_block")
+    assert all(torch.equal(tensor.float(), expected[key].float()) for key, tensor in stored(tmp_path / "round").items())
 
 
 def stored(directory: Path) -> dict[str, torch.Tensor]:
