@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from lightning_dualpipe.precision.recipe import Operand
 from lightning_dualpipe.precision.reference import Quantised, quantise
 
-__all__ = ["Epoch", "QuantisedWeight"]
+__all__ = ["Epoch", "QuantisedWeight", "state_of"]
 
 
 @dataclass(slots=True)
@@ -35,6 +35,11 @@ def _count_step(*_: object) -> None:
 
 
 register_optimizer_step_post_hook(_count_step)
+
+
+def state_of(weight: Tensor, epoch: Epoch) -> tuple[int, ...]:
+    """What is made of ``weight`` is good for as long as this stays the same."""
+    return weight.data_ptr(), weight._version, epoch.number, _steps.number
 
 
 @dataclass(slots=True)
@@ -59,7 +64,7 @@ class QuantisedWeight:
         return QuantisedWeight, (self.how, self.epoch)
 
     def _get(self, which: str, weight: Tensor, make: Callable[[Tensor], Quantised]) -> tuple[Quantised, ...]:
-        state = (weight.data_ptr(), weight._version, self.epoch.number, _steps.number)
+        state = state_of(weight, self.epoch)
         if state != self._made_of:
             self._made_of, self._kept = state, {}
         if which not in self._kept:

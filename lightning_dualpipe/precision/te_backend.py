@@ -9,7 +9,7 @@ grown, while those of the functions below have changed with most releases.
 
 Where weight gradients go, and when, says ``te_weight``.
 
-Quantised weights are kept between two steps of the optimizer (``QuantisedWeight`` says for how long). The modules
+Quantised weights are kept between two steps of the optimizer (``fp8_weight`` says for how long). The modules
 are always told ``is_first_microbatch=False``, and what they keep is cleared instead when a weight has changed:
 told True, they would overwrite ``main_grad`` with that microbatch's gradient, whichever came before it.
 
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from lightning_dualpipe.errors import ConfigurationError, MissingPackageError
 from lightning_dualpipe.interface import WeightGradients
-from lightning_dualpipe.precision.fp8_weight import Epoch
+from lightning_dualpipe.precision.fp8_weight import Epoch, state_of
 from lightning_dualpipe.precision.padding import pad_rows, unpad_rows
 from lightning_dualpipe.precision.recipe import MXFP8, Block, Current, Delayed, Recipe
 from lightning_dualpipe.precision.te_weight import LentWeight
@@ -224,7 +224,7 @@ class _Hidden:
             return None
         # without a gradient of ``x`` only W is made, and up to 2.9 a W^T that is wanted later would not be missed
         with_columns = torch.is_grad_enabled() and x_RI.requires_grad
-        state = (weight.data_ptr(), weight._version, self.settings.epoch.number, with_columns, x_RI.dtype)
+        state = (*state_of(weight, self.settings.epoch), with_columns, x_RI.dtype)
         if state != self._kept_of:
             module._fp8_workspaces.clear()
             self._kept_of = state

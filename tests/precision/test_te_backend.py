@@ -301,6 +301,9 @@ def test_weights_are_quantised_once_in_a_step_and_again_after_it(monkeypatch):
     backend.weights_changed()
     run_linear(matmul, weight, queue=queue)
     assert len(calls) == 3
+    torch.optim.AdamW([weight], fused=True).step()  # which counts no version either
+    run_linear(matmul, weight, queue=queue)
+    assert len(calls) == 4
 
 
 @pytest.mark.parametrize("deferring", [None, True], ids=["no queue", "deferred"])
