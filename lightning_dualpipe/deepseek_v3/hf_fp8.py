@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.precision.recipe import Operand
-from lightning_dualpipe.precision.reference import Quantised, quantise
+from lightning_dualpipe.precision.reference import FORMATS, Quantised, quantise
 from lightning_dualpipe.precision.reference import dequantise as dequantise_tiles
 
 __all__ = [
@@ -86,13 +86,18 @@ def is_misread_by_transformers(shape: tuple[int, ...]) -> bool:
 def quantise_weight(key: str, weight_RC: Tensor, how: Operand) -> tuple[Tensor, Tensor]:
     """Values, E4M3 [R, C], and their inverse scales, float32 [P, Q], on the device of ``weight_RC``.
 
-    Memory: the result, and a few bands of 128 rows.
+    Memory: the result, and a few times 1,024 rows in float32.
 
     Raises:
         ConfigurationError: numbers that are NaN or infinite in float32, named by ``key``.
     """
-    bands = [_quantise(band_RC, how) for band_RC in _bands(key, weight_RC)]
-    return torch.cat([band.values_MK for band in bands]), torch.cat([band.inverse_scales for band in bands])
+    values_RC = torch.empty_like(weight_RC, dtype=FORMATS[how.format], memory_format=torch.contiguous_format)
+    scales: list[Tensor] = []
+    for part_RC, band_RC in zip(values_RC.split(_ROWS_AT_ONCE), _bands(key, weight_RC), strict=True):
+        band = _quantise(band_RC, how)
+        part_RC.copy_(band.values_MK)
+        scales.append(band.inverse_scales)
+    return values_RC, torch.cat(scales)
 
 
 def dequantise(values_RC: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
