@@ -131,7 +131,7 @@ def test_half_the_memory_of_swiglus_inputs_is_kept(dtype):
 
 @pytest.mark.parametrize("rounded", [False, True], ids=["tokens_as_they_are", "tokens_in_fp8"])
 def test_a_model_has_the_same_losses_and_nearly_the_same_gradients(rounded):
-    """10 %: a value in FP8 is off by up to 1/16 of itself, and by a fortieth on average; and these weights are large."""
+    """10 %: a value in FP8 is off by up to 1/16 of itself, by a fortieth on average; and these weights are large."""
     batch = random_batch(small_config(), 2, 12, ignored=3)
     found = []
     for recompute, deferring in (("none", False), ("selective_fp8", False), ("selective_fp8", True)):
