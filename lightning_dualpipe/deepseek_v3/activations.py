@@ -1,9 +1,10 @@
 """How many bytes a token leaves in a layer for its backward, without building the layer.
 
-    671b in bfloat16, bytes per token        none   selective        full
-    dense block                           372,880     139,408      28,672
-    block with experts                    517,528     255,384     157,920
-    depth of multi-token prediction       589,220     298,404     186,596
+    671b in bfloat16, bytes per token        none   selective   selective_fp8        full
+    dense block                           372,880     139,408         139,408      28,672
+    block with experts                    517,528     255,384         219,672     157,920
+      whose tokens come in FP8            517,528     255,384         164,120     157,920
+    depth of multi-token prediction       589,220     298,404         262,692     186,596
 
 What fills a layer is the table of ``recompute``: rows for experts are there K times per token, and
 only they cannot be computed again without another exchange. Between phases a pipeline also holds the
@@ -37,13 +38,16 @@ class KeptBytes:
     mtp: float  # one depth, without the pass through the head
 
 
-def kept_bytes(config: DeepSeekV3Config, recompute: Recompute = "none", *, element: int = 2) -> KeptBytes:
-    """``element``: bytes of a number in the dtype of the model."""
+def kept_bytes(
+    config: DeepSeekV3Config, recompute: Recompute = "none", *, element: int = 2, fp8_tokens: bool = False
+) -> KeptBytes:
+    """``element``: bytes of a number in the dtype of the model; ``fp8_tokens``: whether tokens travel in FP8."""
     wide = max(element, 4)  # affinities and statistics are in at least float32
-    moe = _moe_block(config, recompute, element, wide)
+    rows = _in_fp8(config.hidden_size) if fp8_tokens and recompute == "selective_fp8" else config.hidden_size * element
+    moe = _moe_block(config, recompute, element, wide, rows)
     hidden = config.hidden_size
     # the embedding, two norms side by side, what the last norm sees, and what it makes, which the head keeps
-    joined = {"none": 5 * hidden, "selective": 3 * hidden, "full": 2 * hidden}[recompute]
+    joined = {"none": 5 * hidden, "full": 2 * hidden}.get(recompute, 3 * hidden)
     return KeptBytes(
         dense_block=_dense_block(config, recompute, element, wide),
         moe_block=moe,
@@ -56,17 +60,22 @@ def _dense_block(config: DeepSeekV3Config, recompute: Recompute, element: int, w
     if recompute == "full":
         return 2 * hidden * element  # what enters attention and what enters the feed-forward network
     normed = hidden if recompute == "none" else 0
-    feed_forward = (hidden + normed + _gated(inner, recompute)) * element + wide
+    gated = (3 if recompute == "none" else 2) * inner  # gate and up, and their product unless it is rebuilt
+    feed_forward = (hidden + normed + gated) * element + wide
     return _attention(config, recompute, element, wide) + feed_forward
 
 
-def _moe_block(config: DeepSeekV3Config, recompute: Recompute, element: int, wide: int) -> float:
+def _moe_block(config: DeepSeekV3Config, recompute: Recompute, element: int, wide: int, rows: int) -> float:
     hidden, chosen, inner = config.hidden_size, config.num_experts_per_tok, config.moe_intermediate_size
-    sent = chosen * (hidden * element + wide)  # rows at the experts, and their weights
+    sent = chosen * (rows + wide)  # rows at the experts, and their weights
     if recompute == "full":
         states = 3 if config.n_shared_experts else 1  # the shared experts' inputs are two
         return states * hidden * element + sent + 3 * chosen * _INDEX  # the routing is a value between phases
-    experts = (chosen + config.n_shared_experts) * _gated(inner, recompute) * element
+    experts = (chosen + config.n_shared_experts) * 2 * inner * element  # gate and up
+    if recompute == "none":
+        experts += (chosen + config.n_shared_experts) * inner * element  # and their product
+    elif recompute == "selective_fp8":  # side by side of routed experts, each by itself of the shared
+        experts = chosen * _in_fp8(2 * inner) + 2 * _in_fp8(config.n_shared_experts * inner)
     copies = [element] if config.n_shared_experts or wide == element else []  # of the normed hidden state
     copies += [wide] if wide > element else []  # for the router
     normed = hidden * sum(copies) if recompute == "none" else 0
@@ -77,9 +86,9 @@ def _moe_block(config: DeepSeekV3Config, recompute: Recompute, element: int, wid
     return _attention(config, recompute, element, wide) + feed_forward
 
 
-def _gated(inner: int, recompute: Recompute) -> int:
-    """Elements: gate and up, and their product unless it is rebuilt."""
-    return 3 * inner if recompute == "none" else 2 * inner
+def _in_fp8(width: int) -> int:
+    """Bytes of a row: its values, and a float32 for every 128 of them."""
+    return width + 4 * -(-width // 128)
 
 
 def _attention(config: DeepSeekV3Config, recompute: Recompute, element: int, wide: int) -> float:

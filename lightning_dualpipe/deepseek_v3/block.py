@@ -28,10 +28,11 @@ from lightning_dualpipe.deepseek_v3.mlp import MLP
 from lightning_dualpipe.deepseek_v3.moe import MoE
 from lightning_dualpipe.deepseek_v3.norm import RMSNorm
 from lightning_dualpipe.deepseek_v3.padding import MASK
-from lightning_dualpipe.deepseek_v3.recompute import Recompute, compute_phase, rebuildable, rebuilt
+from lightning_dualpipe.deepseek_v3.recompute import Recompute, compute_phase, kept_in_fp8, rebuildable, rebuilt
 from lightning_dualpipe.deepseek_v3.rope import Rotary
 from lightning_dualpipe.interface import Batch, Flight, Phase, Values
 from lightning_dualpipe.parallel.dispatch import Routing
+from lightning_dualpipe.precision.weight_gradients import autocast_to
 
 __all__ = ["Block", "DenseBlock", "MoEBlock"]
 
@@ -69,7 +70,7 @@ class DenseBlock(Block):
     def phases(self) -> tuple[Phase, ...]:
         return (
             compute_phase("attend", self._attend, self.recompute),
-            compute_phase("feed_forward", self._feed_forward, self.recompute),
+            compute_phase("feed_forward", self._feed_forward, self._recompute_feed_forward()),
         )
 
     def _attend(self, h_BTD: Tensor, balance_B: Tensor) -> Values:
@@ -77,6 +78,10 @@ class DenseBlock(Block):
 
     def _feed_forward(self, h_BTD: Tensor, balance_B: Tensor) -> Values:
         return h_BTD + self.mlp(rebuilt(self.post_attention_layernorm, h_BTD)), balance_B
+
+    def _recompute_feed_forward(self) -> Recompute:
+        """Nothing in FP8: the report keeps so what is in mixtures of experts."""
+        return "selective" if self.recompute == "selective_fp8" else self.recompute
 
 
 class MoEBlock(Block):
@@ -107,6 +112,8 @@ class MoEBlock(Block):
 
     def _experts(self, rows: Tensor, weights: Tensor, plan: Any) -> Values:
         x_RD, weights_R, routing = self.mlp.dispatcher.unpack(rows, weights, plan)
+        if self.mlp.token_format is not None:
+            x_RD = kept_in_fp8(autocast_to(x_RD), self.mlp.token_format)
         y_RD = self.mlp.experts(x_RD, weights_R, routing.counts_E)
         return self.mlp.dispatcher.gather(y_RD, routing), routing
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightning_dualpipe.deepseek_v3.recompute import rebuilt
+from lightning_dualpipe.deepseek_v3.recompute import kept_in_fp8, rebuilt
 from lightning_dualpipe.deepseek_v3.swiglu import weighted_swiglu
 from lightning_dualpipe.interface import WeightGradients
 from lightning_dualpipe.precision.grouped_linear import grouped_linear
@@ -39,7 +39,7 @@ class Experts(nn.Module):
     def forward(self, x_RD: Tensor, weights_R: Tensor, counts_E: Tensor) -> Tensor:
         """``y_RD``, each row the output of its expert times its weight; the first ``counts_E[0]`` rows are row 0's."""
         gate_up, down = self.grouped_matmuls["gate_up_proj"], self.grouped_matmuls["down_proj"]
-        gate_up_RJ = gate_up(x_RD, self.gate_up_proj, counts_E, self.weight_gradients)
+        gate_up_RJ = kept_in_fp8(gate_up(x_RD, self.gate_up_proj, counts_E, self.weight_gradients))
         y_RI = rebuilt(weighted_swiglu, gate_up_RJ, weights_R)
         return down(y_RI, self.down_proj, counts_E, self.weight_gradients)
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from lightning_dualpipe.deepseek_v3.recompute import rebuilt
+from lightning_dualpipe.deepseek_v3.recompute import kept_in_fp8, rebuilt
 from lightning_dualpipe.deepseek_v3.swiglu import swiglu
 from lightning_dualpipe.precision.weight_gradients import autocast_to
 
@@ -20,4 +20,5 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = rebuilt(autocast_to, x)  # one copy for both
-        return self.down_proj(rebuilt(swiglu, self.gate_proj(x), self.up_proj(x)))
+        gate, up = kept_in_fp8(self.gate_proj(x)), kept_in_fp8(self.up_proj(x))
+        return self.down_proj(rebuilt(swiglu, gate, up))

@@ -100,10 +100,7 @@ _Rows = Tensor | tuple[Tensor, Tensor]
 
 
 def _leaving(rows: Tensor, row_format: RowFormat | None) -> _Rows:
-    if row_format is None:
-        return rows.contiguous()
-    values, scales = row_format.encode(rows)
-    return values.contiguous(), scales.contiguous()
+    return rows.contiguous() if row_format is None else row_format.encode(rows)
 
 
 def _arrived(rows: _Rows, row_format: RowFormat | None) -> Tensor:

@@ -32,7 +32,10 @@ class RowFormat(Protocol):
     """A number format of a byte a value, exact for the rows that lie on its grid. Never makes the host wait."""
 
     def encode(self, x_RD: Tensor) -> tuple[Tensor, Tensor]:
-        """``values_RD``, of any type that takes a byte, and ``scales_RT``, powers of two from 2^-127 on in float32."""
+        """``values_RD``, of any type that takes a byte, and ``scales_RT``, powers of two from 2^-127 on in float32.
+
+        Both are contiguous.
+        """
         ...
 
     def decode(self, values_RD: Tensor, scales_RT: Tensor, dtype: torch.dtype) -> Tensor:

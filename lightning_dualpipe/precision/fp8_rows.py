@@ -63,7 +63,7 @@ class FP8Rows:
     def encode(self, x_RD: Tensor) -> tuple[Tensor, Tensor]:
         """``values_RD`` in FP8 and ``inverse_scales_RT`` in float32, exact for what has been rounded."""
         rows = quantise(x_RD, self.how)
-        return rows.values_MK, rows.inverse_scales
+        return rows.values_MK.contiguous(), rows.inverse_scales  # a view would hold the edge of the last tile
 
     def decode(self, values_RD: Tensor, inverse_scales_RT: Tensor, dtype: torch.dtype) -> Tensor:
         """``x_RD`` in that type."""

@@ -1,12 +1,14 @@
 """Training with expert tokens in FP8: how they travel changes no bit, and where experts live changes no result."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from lightning_dualpipe import DeepSeekV3
+from lightning_dualpipe.deepseek_v3.recompute import Recompute
 from lightning_dualpipe.parallel.dispatch import TokenDispatcher
 from lightning_dualpipe.precision.fp8_rows import FP8Rows, round_expert_tokens
 from lightning_dualpipe.precision.recipe import Block
@@ -32,8 +34,9 @@ class Rounding(DeepSeekV3):
         assert round_expert_tokens(self.model, Block())
 
 
-def rounding_module(run: Run) -> Rounding:
-    return Rounding("tiny", {**SHAPE, **run.overrides}, learning_rate=1e-2, warmup_steps=5)  # type: ignore[arg-type]
+def rounding_module(run: Run, recompute: Recompute = "none") -> Rounding:
+    overrides = {**SHAPE, **run.overrides}
+    return Rounding("tiny", overrides, learning_rate=1e-2, warmup_steps=5, recompute=recompute)  # type: ignore[arg-type]
 
 
 class Encoded:
@@ -99,6 +102,26 @@ def test_rounding_is_seen_in_the_losses_and_does_not_harm(alone: dict[str, Resul
     plain, rounded = (torch.tensor(alone[which].losses, dtype=torch.float64) for which in ("plain", "rounded"))
     assert (plain - rounded).abs().max() > 1e-6
     assert ((plain - rounded).abs() / plain).mean() < 0.0025, "technical report, section 3.3"
+
+
+def _keeping_fp8(rank: int, run: Run) -> Result:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "build_module", partial(rounding_module, recompute="selective_fp8"))
+        return train(rank, run)
+
+
+@pytest.mark.parametrize("layout", ["pp2 ep2, by node", "pp1 ep2, one row per expert"])
+def test_values_that_are_kept_in_fp8_give_the_losses_of_one_process(
+    layout: str, corpus: str, alone: dict[str, Result]
+) -> None:
+    world, strategy = LAYOUTS[layout]
+    run = Run(corpus=corpus, steps=STEPS)
+    want = _keeping_fp8(0, run)
+    results = run_ranks(world, _keeping_fp8, replace(run, strategy=strategy, world=world), timeout=400)
+    losses = torch.tensor(want.losses, dtype=torch.float64)
+    torch.testing.assert_close(same_everywhere(results), losses, rtol=0, atol=1e-9)
+    torch.testing.assert_close(results[0].norms, want.norms, rtol=1e-9, atol=1e-9)
+    assert want.losses[0] == alone["rounded"].losses[0] and want.norms != alone["rounded"].norms
 
 
 def test_no_bit_changes_in_bf16_either(corpus: str) -> None:
