@@ -41,8 +41,12 @@ def wanted(name: str, layer: nn.Module) -> bool:
     return isinstance(layer, Experts)
 
 
-def train(rank: int, run: Run, backend: str) -> tuple[list[float], int]:
-    """Losses, and how many layers are converted."""
+def train(rank: int, run: Run) -> dict[str, tuple[list[float], int]]:
+    """By backend, losses, and how many layers are converted."""
+    return {backend: train_with(backend, rank, run) for backend in ("te", "emulate")}
+
+
+def train_with(backend: str, rank: int, run: Run) -> tuple[list[float], int]:
     converted: list[str] = []
 
     class Converted(DeepSeekV3):
@@ -62,10 +66,8 @@ def test_losses_are_those_of_the_definition(name: str, tmp_path: Path) -> None:
     """1e-4: experts have any number of rows, and padding them may change the order of additions."""
     common = {"precision": "32-true", "steps": 3, "global_batch": 4}
     run = replace(RUNS[name], corpus=write_corpus(tmp_path), overrides=SIZES, **common)
-    losses, counts = {}, {}
-    for backend in ("te", "emulate"):
-        results = [train(0, run, backend)] if run.world == 1 else run_ranks(run.world, train, run, backend)
-        losses[backend], counts[backend] = results[0]
-    assert counts["te"] == counts["emulate"] == 17  # 5 + 3, then 5 + 3 + the stack of experts
-    assert losses["te"][-1] != losses["te"][0]
-    torch.testing.assert_close(torch.tensor(losses["te"]), torch.tensor(losses["emulate"]), rtol=1e-4, atol=0)
+    results = train(0, run) if run.world == 1 else run_ranks(run.world, train, run)[0]
+    (losses, converted), (expected, as_many) = results["te"], results["emulate"]
+    assert converted == as_many == 17  # 5 + 3, then 5 + 3 + the stack of experts
+    assert losses[-1] != losses[0]
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-4, atol=0)
