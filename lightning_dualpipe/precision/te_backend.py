@@ -4,8 +4,8 @@
 
 A hidden module computes and owns nothing: for one call it is lent the layer's weight (of a stack of experts,
 one view for each), so parameters, names and state dicts stay as they are. Its modules, and not its quantisers
-and ``general_gemm``, because the modules are its interface: between 2.8 and 2.20 their arguments have only
-grown, while those of the functions below have changed with most releases.
+and ``general_gemm``, because the modules are its interface: from 2.8 to 2.20 they have only gained arguments,
+while those of ``general_gemm`` and ``general_grouped_gemm`` changed places in 2.10 and 2.11.
 
 Where weight gradients go, and when, says ``te_weight``.
 
