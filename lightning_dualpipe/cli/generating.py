@@ -22,7 +22,7 @@ from lightning_dualpipe.deepseek_v3.generation.decode import Generation
 from lightning_dualpipe.deepseek_v3.module import DeepSeekV3
 from lightning_dualpipe.errors import ConfigurationError
 
-__all__ = ["generate"]
+__all__ = ["from_checkpoint", "generate"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -136,7 +136,7 @@ def _module(asked: argparse.Namespace) -> DeepSeekV3:
         with torch.device("cpu"):
             module = DeepSeekV3.from_pretrained(asked.model)
     else:
-        module = _from_checkpoint(asked.checkpoint)
+        module = from_checkpoint(asked.checkpoint)
     return module.to(device=device, dtype=_DTYPES[asked.dtype]).eval()
 
 
@@ -152,7 +152,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _from_checkpoint(path: Path) -> DeepSeekV3:
+def from_checkpoint(path: Path) -> DeepSeekV3:
     """Nothing in the file is run, and states of optimizers are not read."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
