@@ -3,6 +3,7 @@
     fit validate test predict     the Trainer's methods, as a LightningCLI           cli.training
     draw                          a schedule over time, as text, picture or trace    cli.drawing
     plan                          what layouts of a model cost on a cluster          cli.planning
+    generate                      continue a text with a trained model               cli.generating
 
 This file only finds out what was asked for: ``--help``, ``draw`` and ``plan`` need neither torch nor
 lightning, whose import takes seconds. It is also where a run ends that cannot work: a ConfigurationError was
@@ -27,6 +28,7 @@ _TRAINER_COMMANDS = {
 _COMMANDS = {
     **_TRAINER_COMMANDS,
     "draw": "show a pipeline schedule as text, or write a picture or a trace of it",
+    "generate": "continue a text with a trained model",
     "plan": "price the layouts of a model on a cluster: time, memory, what does not fit",
 }
 
@@ -42,6 +44,7 @@ examples:
   lightning-dualpipe fit --config examples/quickstart.yaml
   lightning-dualpipe fit --config examples/quickstart.yaml --trainer.max_steps 100 --model.preset small
   lightning-dualpipe validate --config examples/quickstart.yaml --ckpt_path last.ckpt
+  lightning-dualpipe generate --checkpoint last.ckpt --prompt "import os" --speculate 2 --stream
   lightning-dualpipe draw --schedule dualpipe --ranks 4 --microbatches 8 --output schedule.svg
   lightning-dualpipe plan --preset 671b --gpus 2048 --gpu h800
 
@@ -69,6 +72,10 @@ def main(args: Sequence[str] | None = None) -> int:
             from lightning_dualpipe.cli.planning import plan
 
             return plan(given[1:])
+        elif first == "generate":
+            from lightning_dualpipe.cli.generating import generate
+
+            generate(given[1:])
         elif first in _TRAINER_COMMANDS or first.startswith("-"):
             from lightning_dualpipe.cli.training import train
 
