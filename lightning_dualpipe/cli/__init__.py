@@ -3,6 +3,7 @@
     fit validate test predict     the Trainer's methods, as a LightningCLI           cli.training
     draw                          a schedule over time, as text, picture or trace    cli.drawing
     plan                          what layouts of a model cost on a cluster          cli.planning
+    consolidate verify            checkpoint directories                             cli.checkpoints
 
 This file only finds out what was asked for: ``--help``, ``draw`` and ``plan`` need neither torch nor
 lightning, whose import takes seconds. It is also where a run ends that cannot work: a ConfigurationError was
@@ -28,6 +29,8 @@ _COMMANDS = {
     **_TRAINER_COMMANDS,
     "draw": "show a pipeline schedule as text, or write a picture or a trace of it",
     "plan": "price the layouts of a model on a cluster: time, memory, what does not fit",
+    "consolidate": "make one file of a checkpoint directory, for strategies that know files only",
+    "verify": "read every byte of checkpoint directories, and check it",
 }
 
 _HELP = """\
@@ -66,6 +69,10 @@ def main(args: Sequence[str] | None = None) -> int:
             from lightning_dualpipe.cli.planning import plan
 
             plan(given[1:])
+        elif first in ("consolidate", "verify"):
+            from lightning_dualpipe.cli import checkpoints
+
+            getattr(checkpoints, first)(given[1:])
         elif first in _TRAINER_COMMANDS or first.startswith("-"):
             from lightning_dualpipe.cli.training import train
 
@@ -82,7 +89,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _listed(commands: dict[str, str]) -> str:
-    return "\n".join(f"  {name:10}{what}" for name, what in commands.items())
+    return "\n".join(f"  {name:12}{what}" for name, what in commands.items())
 
 
 def _unknown(command: str) -> str:
