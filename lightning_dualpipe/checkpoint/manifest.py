@@ -74,7 +74,10 @@ class Manifest:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         if not whole or sha256(body).hexdigest().encode() != rest:
             raise CheckpointError(f"{path} is damaged: its last line is not the SHA-256 of the rest. {REMEDY}")
-        return cls._parsed(json.loads(body), path)
+        try:
+            return cls._parsed(json.loads(body), path)
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} is not what it says: {error!r}. {REMEDY}") from None
 
     @classmethod
     def _parsed(cls, found: Mapping[str, Any], path: Path) -> "Manifest":

@@ -140,7 +140,7 @@ def open_stored(path: str | os.PathLike[str]) -> Stored:
     manifest.check_lengths(directory)
     try:
         index = Index.from_json(manifest.read_whole(directory, INDEX), manifest.files)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise CheckpointError(f"{directory / INDEX} is not what it says: {error!r}. {REMEDY}") from None
     return Stored(directory, manifest, index)
 

@@ -4,6 +4,7 @@
     draw                          a schedule over time, as text, picture or trace    cli.drawing
     plan                          what layouts of a model cost on a cluster          cli.planning
     generate                      continue a text with a trained model               cli.generating
+    consolidate verify            checkpoint directories                             cli.checkpoints
 
 This file only finds out what was asked for: ``--help``, ``draw`` and ``plan`` need neither torch nor
 lightning, whose import takes seconds. It is also where a run ends that cannot work: a ConfigurationError was
@@ -30,6 +31,8 @@ _COMMANDS = {
     "draw": "show a pipeline schedule as text, or write a picture or a trace of it",
     "generate": "continue a text with a trained model",
     "plan": "price the layouts of a model on a cluster: time, memory, what does not fit",
+    "consolidate": "make one file of a checkpoint directory, for strategies that know files only",
+    "verify": "read every byte of checkpoint directories, and check it",
 }
 
 _HELP = """\
@@ -76,6 +79,10 @@ def main(args: Sequence[str] | None = None) -> int:
             from lightning_dualpipe.cli.generating import generate
 
             generate(given[1:])
+        elif first in ("consolidate", "verify"):
+            from lightning_dualpipe.cli import checkpoints
+
+            getattr(checkpoints, first)(given[1:])
         elif first in _TRAINER_COMMANDS or first.startswith("-"):
             from lightning_dualpipe.cli.training import train
 
@@ -92,7 +99,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _listed(commands: dict[str, str]) -> str:
-    return "\n".join(f"  {name:10}{what}" for name, what in commands.items())
+    return "\n".join(f"  {name:12}{what}" for name, what in commands.items())
 
 
 def _unknown(command: str) -> str:
