@@ -8,9 +8,10 @@ can be taken for a model only when everything is there: ``config.json`` comes la
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ from lightning_dualpipe.deepseek_v3.hf_names import (
 from lightning_dualpipe.deepseek_v3.safetensors_files import CONFIG, ShardWriter, size_in_bytes
 from lightning_dualpipe.errors import ConfigurationError
 
-__all__ = ["FileDtype", "dtype_beside_fp8", "save_weights"]
+__all__ = ["FileDtype", "dtype_beside_fp8", "save_together", "save_weights"]
 
 FileDtype = Literal["bfloat16", "float32", "float64", "float8_block", "float8_block_power_of_two"]
 """Of the tensors in files. The router's bias is float32 in each. ``float8_block`` is the released format: what
@@ -105,6 +106,36 @@ def dtype_beside_fp8(dtype: FileDtype) -> torch.dtype:
     if dtype not in get_args(FileDtype):
         raise ConfigurationError(f"dtype={dtype!r} is not written; use one of {', '.join(get_args(FileDtype))}")
     return torch.bfloat16 if dtype in WEIGHT_OPERANDS else getattr(torch, dtype)
+
+
+def save_together(
+    parts: Iterable[Part],
+    config: DeepSeekV3Config,
+    directory: str | Path,
+    *,
+    writes: bool,
+    agree: Callable[[Exception | None], Exception | None],
+    **how: Any,
+) -> None:
+    """``save_weights`` by one of several ranks, all of which call this and iterate over their ``parts``.
+
+    Args:
+        writes: whether this rank is the one.
+        agree: returns on every rank what the one that writes has given it.
+        how: arguments of ``save_weights``.
+
+    Raises:
+        Exception: on every rank, what kept the one from writing.
+    """
+    problem: Exception | None = None
+    if writes:
+        try:
+            save_weights(parts, config, directory, **how)
+        except Exception as error:
+            problem = error
+    deque(parts, maxlen=0)  # send what this rank holds, or let the others send it
+    if (problem := agree(problem)) is not None:
+        raise problem
 
 
 def _tensors(

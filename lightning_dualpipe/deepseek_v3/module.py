@@ -10,7 +10,6 @@ without one.
 
 import math
 import os
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +30,7 @@ from lightning_dualpipe.deepseek_v3.count import count_parameters, training_flop
 from lightning_dualpipe.deepseek_v3.data_contract import TokenIds, check_data, check_token_ids, token_ids_of
 from lightning_dualpipe.deepseek_v3.generation.generates import Generates
 from lightning_dualpipe.deepseek_v3.hf_names import Part, parts_of
-from lightning_dualpipe.deepseek_v3.hf_writer import FileDtype, save_weights
+from lightning_dualpipe.deepseek_v3.hf_writer import FileDtype, save_together
 from lightning_dualpipe.deepseek_v3.learning_rate import LearningRateSchedule, learning_rate_factor
 from lightning_dualpipe.deepseek_v3.model import Transformer
 from lightning_dualpipe.deepseek_v3.padding import MASK
@@ -194,23 +193,17 @@ class DeepSeekV3(Generates, LightningModule):
                 Part(name.removeprefix("model."), tensor, rows.start if rows is not None else 0)
                 for name, rows, tensor in strategy.whole_tensors()
             )
-        problem: Exception | None = None
-        if strategy is None or strategy.is_global_zero:
-            try:
-                save_weights(
-                    parts,
-                    self.config,
-                    directory,
-                    dtype=dtype,
-                    max_shard_size=max_shard_size,
-                    overwrite=overwrite,
-                    token_ids=token_ids,
-                )
-            except Exception as error:
-                problem = error
-        deque(parts, maxlen=0)  # send what this rank holds, or let the others send it
-        if (problem := problem if strategy is None else strategy.broadcast(problem)) is not None:
-            raise problem
+        save_together(
+            parts,
+            self.config,
+            directory,
+            writes=strategy is None or strategy.is_global_zero,
+            agree=lambda problem: problem if strategy is None else strategy.broadcast(problem),
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            token_ids=token_ids,
+        )
 
     def num_parameters(self, mtp: bool = False) -> int:
         """Of the whole model, whether or not it has been built; by default without multi-token prediction."""

@@ -81,7 +81,7 @@ def choose_backend(
         if reason is None:
             return BackendChoice(name, recipe, ("it can be used here",))
     raise ConfigurationError.of(
-        f"recipe {recipe.name!r} cannot run, although this GPU could; backend='emulate' can, more slowly than without FP8",
+        f"recipe {recipe.name!r} cannot run, although this GPU has the kernels; backend='emulate' can, slowly",
         [f"{name}: {reason}" for name, reason in against.items()],
     )
 
