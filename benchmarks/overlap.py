@@ -159,7 +159,7 @@ def step_cases(
         schedule = build_schedule("dualpipev", PIPELINE, num_microbatches)
         model = Model(num_layers * schedule.num_stages, clock, expert)
         layers = as_layers(model.layers())
-        parts = partition(layers, schedule.num_stages)
+        parts = partition(layers, schedule.placement)
         stages = {
             index: our_stage(
                 model,

@@ -201,7 +201,7 @@ def ours(name: str, num_microbatches: int, rank: int, group: dist.ProcessGroup, 
     layers = as_layers(model.layers())
     stages = {}
     for index in schedule.stages_on(rank):
-        mine = [layers[position] for position in partition(layers, schedule.num_stages)[index]]
+        mine = [layers[position] for position in partition(layers, schedule.placement)[index]]
         stages[index] = Stage(index, schedule.num_stages, model, mine, in_one_queue(mine))
     modules = [module for stage in stages.values() for layer in stage.layers for module in layer.modules]
     parameters = [parameter for module in modules for parameter in module.parameters()]

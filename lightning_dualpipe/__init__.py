@@ -13,19 +13,29 @@ if TYPE_CHECKING:
     from lightning_dualpipe.data import TextDataModule
     from lightning_dualpipe.deepseek_v3.config import DeepSeekV3Config
     from lightning_dualpipe.deepseek_v3.module import DeepSeekV3
-    from lightning_dualpipe.errors import ConfigurationError, DeadlockError, MissingPackageError, ScheduleError
+    from lightning_dualpipe.errors import (
+        CheckpointError,
+        ConfigurationError,
+        DeadlockError,
+        MissingPackageError,
+        ScheduleError,
+    )
     from lightning_dualpipe.interface import Batch, Flight, Layer, Phase, PipelineModel, TensorSpec, run_uncut
-    from lightning_dualpipe.strategy import DualPipeStrategy
+    from lightning_dualpipe.plugins import FP8Precision
+    from lightning_dualpipe.strategy import DistributedCheckpointIO, DualPipeStrategy
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Batch",
+    "CheckpointError",
     "ConfigurationError",
     "DeadlockError",
     "DeepSeekV3",
     "DeepSeekV3Config",
+    "DistributedCheckpointIO",
     "DualPipeStrategy",
+    "FP8Precision",
     "Flight",
     "Layer",
     "MissingPackageError",
@@ -39,11 +49,14 @@ __all__ = [
 
 _MODULE_OF = {
     "Batch": "interface",
+    "CheckpointError": "errors",
     "ConfigurationError": "errors",
     "DeadlockError": "errors",
     "DeepSeekV3": "deepseek_v3.module",
     "DeepSeekV3Config": "deepseek_v3.config",
+    "DistributedCheckpointIO": "strategy",
     "DualPipeStrategy": "strategy",
+    "FP8Precision": "plugins",
     "Flight": "interface",
     "Layer": "interface",
     "MissingPackageError": "errors",

@@ -5,7 +5,7 @@ A message names the value that was given, the rule it breaks, and what would wor
 
 from collections.abc import Sequence
 
-__all__ = ["ConfigurationError", "DeadlockError", "MissingPackageError", "ScheduleError"]
+__all__ = ["CheckpointError", "ConfigurationError", "DeadlockError", "MissingPackageError", "ScheduleError"]
 
 
 class ConfigurationError(ValueError):
@@ -15,6 +15,10 @@ class ConfigurationError(ValueError):
     def of(cls, what: str, problems: Sequence[str]) -> "ConfigurationError":
         """One error for several problems: ``what`` cannot run, and why, line by line."""
         return cls(f"{what}:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be trusted, or could not be written. Names the file; nothing was changed."""
 
 
 class ScheduleError(RuntimeError):

@@ -27,6 +27,7 @@ __all__ = [
     "Batch",
     "Flight",
     "InitializesWeights",
+    "KeepsHighPrecision",
     "Layer",
     "Phase",
     "PipelineModel",
@@ -179,6 +180,14 @@ class InitializesWeights(Protocol):
     """
 
     def initialize_weights(self) -> None: ...
+
+
+@runtime_checkable
+class KeepsHighPrecision(Protocol):
+    """A module with submodules whose products are too sensitive for FP8, an output head for instance."""
+
+    in_high_precision: Sequence[str]
+    """Their names in this module; what is beneath them is meant too."""
 
 
 @runtime_checkable

@@ -2,7 +2,7 @@
 
  L4  cli  examples  benchmarks
        |
- L3  strategy   deepseek_v3.module   data   metrics   callbacks          lightning
+ L3  strategy   deepseek_v3.module   plugins   data   metrics   callbacks          lightning
        |  |            |
  L2  pipeline     deepseek_v3 (rest)   checkpoint                        torch
        |    \\        /   \\             /
@@ -52,7 +52,8 @@ PLACES = {
     "pipeline": Place(own=L0 | L1, libraries=TORCH),
     "deepseek_v3": Place(own=L0 | L1, libraries=TORCH | {"safetensors"}),
     "checkpoint": Place(own=L0 | L1, libraries=TORCH | {"safetensors"}),
-    "strategy": Place(own=L0 | L1 | {"pipeline", "checkpoint"}, libraries=LIGHTNING),
+    "strategy": Place(own=L0 | L1 | {"pipeline", "checkpoint", "plugins"}, libraries=LIGHTNING),
+    "plugins": Place(own=L0 | L1, libraries=LIGHTNING),
     "deepseek_v3/module": Place(own=L0 | L1 | {"deepseek_v3", "metrics"}, libraries=LIGHTNING),
     "data": Place(own=L0, libraries=LIGHTNING),
     "metrics": Place(own=L0, libraries=LIGHTNING),
@@ -62,7 +63,9 @@ PLACES = {
         libraries=LIGHTNING | {"jsonargparse", "yaml"},
     ),
     "_autoload": Place(own={"errors", "strategy"}),
-    "__init__": Place(own={"_autoload"}, for_types={"strategy", "deepseek_v3", "data", "errors", "interface"}),
+    "__init__": Place(
+        own={"_autoload"}, for_types={"strategy", "plugins", "deepseek_v3", "data", "errors", "interface"}
+    ),
 }
 
 # A library that may be absent: the only files that import it, besides what their place allows.

@@ -4,6 +4,7 @@ The two commands themselves are run by ``.ci/run``, in an environment of their o
 """
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from lightning_dualpipe import callbacks
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -93,6 +96,24 @@ def test_the_yaml_of_the_readme_is_what_the_command_takes():
     printed = run("-m", "lightning_dualpipe.cli", "fit", *configs, "--print_config")
     assert "class_path: lightning_dualpipe.DualPipeStrategy" in printed
     assert "num_hidden_layers: 8" in printed
+
+
+@pytest.mark.parametrize("name", callbacks.__all__)
+def test_every_callback_is_explained_with_its_arguments_and_a_configuration_of_it(name):
+    page = ROOT / "docs" / "callbacks.md"
+    (section,) = re.findall(rf"^## `{name}`\n(.*?)(?=^## |\Z)", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for argument in inspect.signature(getattr(callbacks, name)).parameters:
+        assert f"| `{argument}` |" in section
+
+    def configured(block):
+        found = yaml.safe_load(block)
+        return found["trainer"]["callbacks"] if isinstance(found, dict) else found
+
+    everything, *_ = blocks(page, "yaml")
+    (own,) = re.findall(r"^```yaml\n(.*?)^```$", section, flags=re.DOTALL | re.MULTILINE)
+    for entries in (configured(everything), configured(own)):
+        (entry,) = (entry for entry in entries if entry["class_path"] == f"lightning_dualpipe.callbacks.{name}")
+        getattr(callbacks, name)(**entry.get("init_args", {}))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -27,7 +27,9 @@ def draw_losses(train: Curve, validation: Curve, path: Path) -> Path:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     if train:
-        axes.plot(*zip(*train, strict=True), color="#7d9fd3", linewidth=1.2, label="training")
+        # a line through a single point has no length, and would not be seen
+        dot = "o" if len(train) == 1 else None
+        axes.plot(*zip(*train, strict=True), color="#7d9fd3", linewidth=1.2, marker=dot, markersize=4, label="training")
     if validation:
         axes.plot(*zip(*validation, strict=True), color="#d9822b", marker="o", markersize=4, label="validation")
         steps, loss = validation[-1]

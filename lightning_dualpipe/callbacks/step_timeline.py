@@ -38,7 +38,8 @@ class StepTimeline(Callback):
     """Records the ``step``-th optimizer step of a fit, counted from 1, and then every ``every_n_steps``-th.
 
     Where gradients are accumulated, the first batch of that step is recorded. Logs three shares of the time of
-    all ranks: ``bubble``, ``exposed_communication`` and ``simulated_bubble``.
+    all ranks: ``bubble``, ``exposed_communication`` and ``simulated_bubble``. Loggers also get ``timeline_step``, the
+    number in the names of the files: Lightning itself counts the rows of its loggers from 0.
 
     Args:
         step: the first steps of a run are slower than those to come.
@@ -57,10 +58,12 @@ class StepTimeline(Callback):
         self.every_n_steps = every_n_steps
         self._due: int | None = None  # the number of the next optimizer step to record
         self._recording = False
+        self._began = 0  # optimizer steps before this fit
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._due, self._recording = trainer.global_step + self.step, False
+        self._began, self._recording = trainer.global_step, False
+        self._due = self._began + self.step
         if not isinstance(trainer.strategy, RecordsSteps):
             self._due = None
             rank_zero_warn(
@@ -93,15 +96,22 @@ class StepTimeline(Callback):
         self._due = step + self.every_n_steps if self.every_n_steps is not None else None
         pl_module.log_dict(shares, logger=False)
         for logger in trainer.loggers:  # Lightning would leave it out of steps between log_every_n_steps
-            logger.log_metrics(shares, step=step - 1)  # its loggers count from 0
+            # in the row that has the loss of this step, and with the number that the files have
+            logger.log_metrics({**shares, "timeline_step": step}, step=step - 1)
         if record is not None:
             files = list(_write(record, folder, f"timeline_step{step}"))
             rank_zero_info("\n".join([f"step {step}: {record_table(record)}", *files]))
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._due is not None and self.every_n_steps is None:
-            rank_zero_warn(f"StepTimeline has recorded nothing: this fit ended before its step {self.step}")
+        if self._due != self._began + self.step:  # it has recorded a step, or has said that there is none
+            return
+        made = trainer.global_step - self._began
+        if made < self.step:
+            why = f"this fit ended after {made} optimizer steps, before its step={self.step}; give a smaller one"
+        else:
+            why = "no training step called the model"
+        rank_zero_warn(f"StepTimeline has recorded nothing: {why}")
 
 
 def _write(record: StepRecord, folder: Path, name: str) -> Iterator[str]:

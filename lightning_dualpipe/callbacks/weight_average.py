@@ -129,7 +129,7 @@ class _Average:
     def put_into(self, module: LightningModule) -> None:
         values = self.tensors()
         for name, tensor in _floating(module).items():
-            tensor.data.copy_(values[name])
+            tensor.detach().copy_(values[name])
         if self._thread is not None:
             self._thread.shutdown()
             self._thread = None
@@ -139,7 +139,7 @@ class _Average:
         values, tensors = self._set_aside or self.tensors(), _floating(module)
         self._set_aside = {} if self._set_aside else {name: t.detach().cpu().clone() for name, t in tensors.items()}
         for name, tensor in tensors.items():
-            tensor.data.copy_(values[name])
+            tensor.detach().copy_(values[name])
 
     @torch.no_grad()
     def _add(self, copies: Mapping[str, Tensor], share: float, copied: "torch.cuda.Event | None") -> None:

@@ -8,19 +8,21 @@ What a rank that has some rows (experts) of a parameter [E, O, I] may keep of it
     anything else        [1, I]          of a [rows, I], the mean over the rows that are here: not that over all
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Adafactor, Optimizer
 
+from lightning_dualpipe.checkpoint.stored import StoredTensor
 from lightning_dualpipe.errors import ConfigurationError
 
-__all__ = ["Collected", "check_states", "in_order", "part_of", "treats_rows_apart"]
+__all__ = ["Collected", "Place", "check_states", "in_order", "part_of", "place_of", "treats_rows_apart"]
 
 Shape = tuple[int, ...]
 
@@ -31,6 +33,43 @@ def treats_rows_apart(optimizer: Optimizer) -> bool:
 
 
 # ---- to the whole ------------------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """Where the elements of a part lie in the whole: one after the other from ``start`` on, as it is flat in memory."""
+
+    shape: Shape
+    start: int
+
+
+def place_of(
+    key: str, state: Mapping[str, Any], shape: Shape, rows: range | None, elements: range | None, rows_apart: bool
+) -> Place | None:
+    """Of ``state[key]``, one rank's state of a parameter of this whole shape, of its ``rows`` or of flat ``elements``.
+
+    None: it has no place of its own; it is one value for all ranks, or of no whole at all.
+    """
+    value, stride = state[key], math.prod(shape[1:])
+    first_element = 0 if rows is None else rows.start * stride
+    if elements is not None and _has_shape(key, value, (len(elements),)):
+        return Place(shape, first_element + elements.start)
+    if rows is not None and _is_by_row(key, state, shape, len(rows), rows_apart):
+        return Place((shape[0], *value.shape[1:]), rows.start * math.prod(value.shape[1:]))
+    if rows is None and elements is None and isinstance(value, Tensor) and value.ndim > 0:
+        return Place(tuple(value.shape), 0)
+    return None
+
+
+def _is_by_row(key: str, state: Mapping[str, Any], shape: Shape, rows: int, rows_apart: bool) -> bool:
+    value, here = state[key], (rows, *shape[1:])
+    if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != rows:
+        return False
+    if rows > 1 or (rows_apart and len(shape) > 2):
+        return all(size in (1, *shape[1:]) for size in value.shape[1:])
+    # a first dimension of one: that row, or what is left of a dimension that was summed over
+    return _has_shape(key, value, here) and all(
+        other.ndim == 0 or other.shape == here for other in state.values() if isinstance(other, Tensor)
+    )
 
 
 @dataclass(slots=True)
@@ -49,17 +88,13 @@ class Collected:
 
     def add(self, first: str, state: Mapping[str, Any], rows: range | None, elements: range | None) -> None:
         """One rank's state of a parameter, or of its ``rows``, or of some flat ``elements`` of what is here."""
-        whole, shape = self.states.setdefault(first, {}), self.shape_of(first)
+        whole = self.states.setdefault(first, {})
         for key, value in state.items():
-            if elements is not None and _has_shape(key, value, (len(elements),)):
-                target = whole.setdefault(key, value.new_zeros(shape))
-                local = target if rows is None else target[rows.start : rows.stop]
-                local.view(-1)[elements.start : elements.stop] = value
-            elif rows is not None and self._is_by_row(key, value, state, shape, len(rows)):
-                target = whole.setdefault(key, value.new_zeros((shape[0], *value.shape[1:])))
-                target[rows.start : rows.stop] = value
-            elif rows is None and elements is None:
+            if rows is None and elements is None:
                 whole[key] = value
+            elif (place := place_of(key, state, self.shape_of(first), rows, elements, self.rows_apart)) is not None:
+                target = whole.setdefault(key, value.new_zeros(place.shape)).view(-1)
+                target[place.start : place.start + value.numel()] = value.reshape(-1)
             else:
                 self._add_common(first, key, value)
 
@@ -75,17 +110,6 @@ class Collected:
                 "(AdamW; Adafactor for experts stacked in three dimensions), or expert_parallel_size=1",
                 [f"{first}, {key!r}: {problem}" for (first, key), problem in self._problems.items()][:8],
             )
-
-    def _is_by_row(self, key: str, value: Any, state: Mapping[str, Any], shape: Shape, rows: int) -> bool:
-        here = (rows, *shape[1:])
-        if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != rows:
-            return False
-        if rows > 1 or (self.rows_apart and len(shape) > 2):
-            return all(size in (1, *shape[1:]) for size in value.shape[1:])
-        # a first dimension of one: that row, or what is left of a dimension that was summed over
-        return _has_shape(key, value, here) and all(
-            other.ndim == 0 or other.shape == here for other in state.values() if isinstance(other, Tensor)
-        )
 
     def _add_common(self, first: str, key: str, value: Any) -> None:
         """What every rank must have alike."""
@@ -124,9 +148,9 @@ def _plain(value: Any) -> Any:
 
 def part_of(key: str, value: Any, shape: Shape, rows: range | None, elements: range | None) -> Any:
     """A rank's part of a value of the state of a parameter of this whole shape."""
-    if not isinstance(value, Tensor) or key == "step":
+    if not isinstance(value, Tensor | StoredTensor) or key == "step":
         return value
-    like_parameter = value.shape == shape
+    like_parameter = tuple(value.shape) == shape
     if rows is not None and value.ndim and value.shape[0] == shape[0]:
         value = value[rows.start : rows.stop]
     if elements is not None and like_parameter:
@@ -153,7 +177,8 @@ def check_states(
     for first, state in states.items():
         shape = shape_of(first)
         for key, value in state.items():
-            if not isinstance(value, Tensor) or value.numel() == 1 or value.shape == shape:
+            tensor = isinstance(value, Tensor | StoredTensor)
+            if not tensor or value.numel() == 1 or tuple(value.shape) == tuple(shape):
                 continue
             about = f"{first}, {key!r}: shape {tuple(value.shape)}, the parameter's is {shape}"
             if elementwise or (value.ndim == len(shape) and not set(value.shape) <= {1, *shape}):

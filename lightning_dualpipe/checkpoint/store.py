@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_dualpipe.checkpoint.optimizer_states import Collected, check_states, in_order, part_of, treats_rows_apart
+from lightning_dualpipe.checkpoint.stored import StoredTensor, read, stored_in
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.interface import TensorSpec
 from lightning_dualpipe.parallel.sharded_optimizer import ShardedOptimizer, WholeOrder
@@ -41,6 +42,10 @@ class CheckpointStore:
     owned: frozenset[str]
     group: dist.ProcessGroup | None
 
+    def shape_of(self, first: str) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return tuple(self.whole[first].shape)
+
     # ---- weights ------------------------------------------------------------------------------
 
     def whole_state_dict(self, local: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,7 +66,8 @@ class CheckpointStore:
             ConfigurationError: it belongs to another model (names only if ``strict``, shapes always).
         """
         self._check(whole, strict=strict)
-        return {name: self._rows_of(self.same_as.get(name, name), whole[name]) for name in names if name in whole}
+        mine = {name: self._rows_of(self.same_as.get(name, name), whole[name]) for name in names if name in whole}
+        return self._read(mine, whole)
 
     def stream(self, local: Mapping[str, Any]) -> Iterator[tuple[str, range | None, Tensor]]:
         """On rank 0 every tensor of the model once, by its first name; spread ones in several pieces with their rows.
@@ -110,7 +116,7 @@ class CheckpointStore:
         """
         names = [group["params"] for group in local["param_groups"]]
         mine = (_to_cpu(local["state"]), self.rows, local["elements"], names)
-        collected = Collected(self._shape_of, local["rows_apart"])
+        collected = Collected(self.shape_of, local["rows_apart"])
         groups: list[list[list[str]]] = []
         for part, rows, elements, their_names in self._from_all(mine):
             groups.append(their_names)
@@ -158,7 +164,7 @@ class CheckpointStore:
             order = _the_same_groups(order, names)
         saved_index = {n: i for names, ids in zip(order, saved, strict=True) for n, i in zip(names, ids, strict=True)}
         states = {name: whole["state"][index] for name, index in saved_index.items() if index in whole["state"]}
-        check_states(states, self._shape_of, spread=self.rows.__contains__, elementwise=sharded.elementwise)
+        check_states(states, self.shape_of, spread=self.rows.__contains__, elementwise=sharded.elementwise)
         sharded.cut(also=frozenset(states))
         owned = [[name for name in group if name in sharded.shards] for group in mine]
         position = {name: index for index, name in enumerate(name for group in owned for name in group)}
@@ -170,6 +176,7 @@ class CheckpointStore:
             for name in position
             if name in states
         }
+        local = self._read(local, states)
         groups = [
             # the names that the user gave stay those of this run, and of this rank
             {
@@ -185,7 +192,7 @@ class CheckpointStore:
         """On rank 0 the main weights of the uncut model, by the first names of their parameters. A collective."""
         shards = {n: s for sharded in optimizers for n, s in sharded.shards.items() if s.is_main_weight}
         mine = {name: (_to_cpu(shard.stepped), shard.elements) for name, shard in shards.items()}
-        collected = Collected(self._shape_of)
+        collected = Collected(self.shape_of)
         for part, rows in self._from_all((mine, self.rows)):
             for first, (values, elements) in part.items():
                 collected.add(first, {"weight": values}, rows.get(first), elements)
@@ -194,23 +201,25 @@ class CheckpointStore:
 
     def load_main_weights(self, optimizers: Iterable[ShardedOptimizer], whole: Mapping[str, Tensor]) -> None:
         """Where a checkpoint has none, parameters will do: a main weight follows what is written to its parameter."""
-        for sharded in optimizers:
-            for name, shard in sharded.shards.items():
-                if shard.is_main_weight and name in whole:
-                    shard.stepped.data.copy_(self._part_of(name, "weight", whole[name], shard.elements))
+        shards = {n: s for sharded in optimizers for n, s in sharded.shards.items() if s.is_main_weight and n in whole}
+        mine = {name: self._part_of(name, "weight", whole[name], shard.elements) for name, shard in shards.items()}
+        for name, weight in self._read(mine, whole).items():
+            shards[name].stepped.data.copy_(weight)
 
     # ---- helpers ------------------------------------------------------------------------------
 
-    def _shape_of(self, first: str) -> tuple[int, ...]:
-        return tuple(self.whole[first].shape)
-
     def _part_of(self, first: str, key: str, value: Any, elements: range | None) -> Any:
-        return part_of(key, value, self._shape_of(first), self.rows.get(first), elements)
+        return part_of(key, value, self.shape_of(first), self.rows.get(first), elements)
 
     def _rows_of(self, first: str, value: Any) -> Any:
         """This rank's rows of a whole tensor."""
         rows = self.rows.get(first)
         return value if rows is None else value[rows.start : rows.stop]
+
+    def _read(self, mine: dict[Any, Any], whole: Mapping[str, Any]) -> dict[Any, Any]:
+        """If ``whole`` is in a directory, only what is ``mine`` of it comes into memory. A collective then."""
+        stored = stored_in(whole)
+        return mine if stored is None else read(mine, stored, self.group)
 
     @staticmethod
     def _put(found: dict[str, Any], key: str, value: Any, rows: range | None, shape: tuple[int, ...]) -> None:
@@ -227,7 +236,7 @@ class CheckpointStore:
         misshapen = [
             f"{name} is {tuple(whole[name].shape)}, here {spec.shape}"
             for name, spec in self.whole.items()
-            if isinstance(whole.get(name), Tensor) and tuple(whole[name].shape) != tuple(spec.shape)
+            if isinstance(whole.get(name), Tensor | StoredTensor) and tuple(whole[name].shape) != tuple(spec.shape)
         ]
         problems = [
             f"{len(names)} tensors {what}: {', '.join(names[:4])}{', …' * (len(names) > 4)}"

@@ -3,6 +3,8 @@
     fit validate test predict     the Trainer's methods, as a LightningCLI           cli.training
     draw                          a schedule over time, as text, picture or trace    cli.drawing
     plan                          what layouts of a model cost on a cluster          cli.planning
+    generate                      continue a text with a trained model               cli.generating
+    consolidate verify            checkpoint directories                             cli.checkpoints
 
 This file only finds out what was asked for: ``--help``, ``draw`` and ``plan`` need neither torch nor
 lightning, whose import takes seconds. It is also where a run ends that cannot work: a ConfigurationError was
@@ -14,7 +16,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 from lightning_dualpipe import __version__
-from lightning_dualpipe.errors import ConfigurationError, MissingPackageError
+from lightning_dualpipe.errors import CheckpointError, ConfigurationError, MissingPackageError
 
 __all__ = ["main"]
 
@@ -27,7 +29,10 @@ _TRAINER_COMMANDS = {
 _COMMANDS = {
     **_TRAINER_COMMANDS,
     "draw": "show a pipeline schedule as text, or write a picture or a trace of it",
+    "generate": "continue a text with a trained model",
     "plan": "price the layouts of a model on a cluster: time, memory, what does not fit",
+    "consolidate": "make one file of a checkpoint directory, for strategies that know files only",
+    "verify": "read every byte of checkpoint directories, and check it",
 }
 
 _HELP = """\
@@ -42,6 +47,7 @@ examples:
   lightning-dualpipe fit --config examples/quickstart.yaml
   lightning-dualpipe fit --config examples/quickstart.yaml --trainer.max_steps 100 --model.preset small
   lightning-dualpipe validate --config examples/quickstart.yaml --ckpt_path last.ckpt
+  lightning-dualpipe generate --checkpoint last.ckpt --prompt "import os" --speculate 2 --stream
   lightning-dualpipe draw --schedule dualpipe --ranks 4 --microbatches 8 --output schedule.svg
   lightning-dualpipe plan --preset 671b --gpus 2048 --gpu h800
 
@@ -50,7 +56,10 @@ examples:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit code: 2 where the request cannot work. ``args`` as in ``sys.argv[1:]``."""
+    """Run a command and return the exit code: 2 where the request cannot work, 1 where no layout that was planned fits.
+
+    ``args`` as in ``sys.argv[1:]``.
+    """
     given = list(sys.argv[1:] if args is None else args)
     first = given[0] if given else "--help"
     try:
@@ -65,7 +74,15 @@ def main(args: Sequence[str] | None = None) -> int:
         elif first == "plan":
             from lightning_dualpipe.cli.planning import plan
 
-            plan(given[1:])
+            return plan(given[1:])
+        elif first == "generate":
+            from lightning_dualpipe.cli.generating import generate
+
+            generate(given[1:])
+        elif first in ("consolidate", "verify"):
+            from lightning_dualpipe.cli import checkpoints
+
+            getattr(checkpoints, first)(given[1:])
         elif first in _TRAINER_COMMANDS or first.startswith("-"):
             from lightning_dualpipe.cli.training import train
 
@@ -82,7 +99,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _listed(commands: dict[str, str]) -> str:
-    return "\n".join(f"  {name:10}{what}" for name, what in commands.items())
+    return "\n".join(f"  {name:12}{what}" for name, what in commands.items())
 
 
 def _unknown(command: str) -> str:
@@ -94,7 +111,7 @@ def _unknown(command: str) -> str:
 def _reason(error: BaseException | None) -> Exception | None:
     """The error that was meant for the user; cleaning up after it may have raised others."""
     while error is not None:
-        if isinstance(error, ConfigurationError | MissingPackageError):
+        if isinstance(error, CheckpointError | ConfigurationError | MissingPackageError):
             return error
         error = error.__cause__ or error.__context__
     return None

@@ -12,7 +12,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero
 from typing_extensions import override
 
+from lightning_dualpipe.cli.typos import what_was_meant
 from lightning_dualpipe.errors import ConfigurationError
 
 __all__ = ["TrainingCLI", "train"]
@@ -36,6 +37,19 @@ def train(args: Sequence[str] | None = None) -> None:
     TrainingCLI(args=None if args is None else list(args))
 
 
+class Parser(LightningArgumentParser):
+    """Ends a long message with a short one."""
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if self.exit_on_error:  # not where one type of several is tried
+            parser = getattr(ex, "subcommand_parser", self)
+            options = {option.lstrip("-").rstrip("+") for option in parser._option_string_actions}
+            if (meant := what_was_meant(message, sorted(options))) is not None:
+                message = f"{message}\n\n{meant}"
+        super().error(message, ex)
+
+
 class TrainingCLI(LightningCLI):
     def __init__(self, args: list[str] | None = None) -> None:
         super().__init__(
@@ -48,6 +62,7 @@ class TrainingCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             parser_kwargs={"prog": "lightning-dualpipe"},
+            parser_class=Parser,
             args=args,
         )
 

@@ -77,12 +77,17 @@ def declared_mtp_layers(settings: Mapping[str, Any]) -> int | None:
 
 
 def config_to_hf(
-    config: DeepSeekV3Config, *, dtype: str = "bfloat16", token_ids: Mapping[str, Any] | None = None
+    config: DeepSeekV3Config,
+    *,
+    dtype: str = "bfloat16",
+    token_ids: Mapping[str, Any] | None = None,
+    quantization: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A ``config.json`` for ``config`` that both dialects' readers and serving engines understand.
 
     ``topk_method`` and ``scoring_func`` have no effect in transformers, but without them vLLM finds
     no router bias or routes by softmax. Training constants that only this package knows go along.
+    ``dtype`` is that of the tensors which ``quantization``, the ``quantization_config``, leaves as they are.
     ``token_ids`` are any of ``TOKEN_IDS``; one that is not given is null, for the readers' own
     defaults would be DeepSeek's ids.
     """
@@ -102,6 +107,7 @@ def config_to_hf(
         "use_cache": True,
         "dtype": dtype,
         "torch_dtype": dtype,
+        **({"quantization_config": dict(quantization)} if quantization else {}),
         **_all_token_ids(token_ids or {}),
     }
 
@@ -155,6 +161,8 @@ def _quantization_problems(quantization: Any) -> Iterator[str]:
     block = quantization.get("weight_block_size")
     if not (isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
         yield f"weight_block_size={block!r} must be two sizes such as [128, 128]; FP8 without blocks is not supported"
+    if (fmt := quantization.get("fmt")) not in (None, "e4m3"):
+        yield f"fmt={fmt!r} of quantization_config is not supported, only 'e4m3'; import the model in bf16 instead"
 
 
 def _rope(settings: Mapping[str, Any]) -> Mapping[str, Any]:

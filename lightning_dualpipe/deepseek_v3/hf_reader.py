@@ -5,14 +5,10 @@
 The tensors to fill exist already and say what is wanted: all of a model, or the layers and experts
 of one rank. Everything is checked before the first value is written, and every problem is told.
 
-FP8 files of the published kind are dequantised: E4M3 values with a factor per block of 128 x 128
-under ``<key>_scale_inv``, smaller at the edges (technical report, section 3.3.2). The factors may
-lie in another file than the values.
-
-Shapes: R rows, C columns of a matrix.
+Matrices in FP8 are dequantised (``hf_fp8``), whatever the size of their blocks. Their scales may lie
+in another file than the values.
 """
 
-import math
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_dualpipe.deepseek_v3.config import DeepSeekV3Config
+from lightning_dualpipe.deepseek_v3.hf_fp8 import dequantise, scale_key, scale_shape
 from lightning_dualpipe.deepseek_v3.hf_names import (
     Part,
     copies,
@@ -33,10 +30,11 @@ from lightning_dualpipe.deepseek_v3.hf_names import (
 from lightning_dualpipe.deepseek_v3.safetensors_files import TensorReader, read_json
 from lightning_dualpipe.errors import ConfigurationError
 
-__all__ = ["dequantise", "load_weights", "mtp_layers_held"]
+__all__ = ["load_weights", "mtp_layers_held"]
 
 _PLAIN = ("F64", "F32", "F16", "BF16")
 _FP8 = "F8_E4M3"
+_SCALES = ("F32", "F64", "BF16", "F16", "F8_E8M0")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _COPIES = (".embed_tokens.weight", ".shared_head.head.weight")
 _ROWS_AT_ONCE = 4096
@@ -77,14 +75,6 @@ def mtp_layers_held(directory: str | Path, num_hidden_layers: int) -> int:
         return depth
 
 
-def dequantise(values_RC: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
-    """``values * scale`` of the block [R // block[0], C // block[1]] they lie in, float32 [R, C]."""
-    weights_RC = values_RC.float()
-    for band, scales_of_band in zip(weights_RC.split(block[0]), scales.float(), strict=True):
-        band *= scales_of_band.repeat_interleave(block[1])[: weights_RC.shape[1]]
-    return weights_RC
-
-
 def _targets(parts: Iterable[Part], config: DeepSeekV3Config) -> dict[str, list[Tensor]]:
     """For every tensor of the files that is wanted, the regions of ours that it fills."""
     targets: dict[str, list[Tensor]] = {}
@@ -120,7 +110,7 @@ def _unexpected(reader: TensorReader, config: DeepSeekV3Config) -> Iterator[str]
 def _needless(key: str, known: Container[str], reader: TensorReader, config: DeepSeekV3Config) -> bool:
     """Whether files may hold ``key`` although no tensor of the model is made of it."""
     if (
-        key.removesuffix("_scale_inv") in known
+        key.removesuffix(scale_key("")) in known
         or key.endswith(".rotary_emb.inv_freq")  # written by old versions of transformers
         or (key == "lm_head.weight" and config.tie_word_embeddings)
         or shapes_without_numbers(config).get(key) == reader.spec(key)[1]
@@ -136,6 +126,7 @@ def _needless(key: str, known: Container[str], reader: TensorReader, config: Dee
 def _misfits(targets: Mapping[str, list[Tensor]], reader: TensorReader, block: tuple[int, int]) -> Iterator[str]:
     shapes: list[str] = []
     dtypes: list[str] = []
+    doubtful: list[str] = []
     for key in reader.in_file_order(key for key in targets if key in reader):
         dtype, shape = reader.spec(key)
         ours = tuple(targets[key][0].shape)
@@ -145,21 +136,30 @@ def _misfits(targets: Mapping[str, list[Tensor]], reader: TensorReader, block: t
             dtypes += _scale_problems(key, shape, reader, block)
         elif dtype not in _PLAIN:
             dtypes.append(f"{key} is {dtype}")
+        elif scale_key(key) in reader:
+            doubtful.append(f"{key} is {dtype}")
     if shapes:
         yield _listed("of another shape", shapes)
     if dtypes:
         yield _listed(f"in a format that is not read ({', '.join(_PLAIN)}, and {_FP8} with block scales, are)", dtypes)
+    if doubtful:
+        remedy = f"; convert the {_FP8} files again, or remove the scales if they have been multiplied in"
+        yield _listed("with FP8 scales beside them that are not in FP8", doubtful) + remedy
 
 
 def _scale_problems(key: str, shape: tuple[int, ...], reader: TensorReader, block: tuple[int, int]) -> Iterator[str]:
-    scale = f"{key}_scale_inv"
+    scale = scale_key(key)
     if scale not in reader:
         yield f"{key} is {_FP8} without {scale}"
         return
-    wanted = tuple(math.ceil(size / of) for size, of in zip(shape, block, strict=False))
-    held = reader.spec(scale)[1]
+    dtype, held = reader.spec(scale)
+    wanted = scale_shape(shape, block)
     if len(shape) != 2 or held != wanted:
         yield f"{scale} is {list(held)}, blocks of {list(block)} need {list(wanted)}"
+    elif dtype not in _SCALES:
+        yield f"{scale} is {dtype}, scales are {', '.join(_SCALES)}"
+    elif not reader.read(scale).float().isfinite().all():
+        yield f"{scale} holds NaN or infinity"
 
 
 def _copies_that_differ(
@@ -192,7 +192,7 @@ def _equal(first: str, second: str, reader: TensorReader) -> bool:
 
 def _read(reader: TensorReader, key: str, block: tuple[int, int]) -> Tensor:
     tensor = reader.read(key)
-    return dequantise(tensor, reader.read(f"{key}_scale_inv"), block) if tensor.dtype == torch.float8_e4m3fn else tensor
+    return dequantise(tensor, reader.read(scale_key(key)), block) if tensor.dtype == torch.float8_e4m3fn else tensor
 
 
 def _listed(what: str, items: list[str], *, shown: int = 4) -> str:

@@ -26,7 +26,7 @@ from lightning_dualpipe.deepseek_v3.loss import IGNORED, loss_sums
 from lightning_dualpipe.deepseek_v3.moe import MoE
 from lightning_dualpipe.deepseek_v3.mtp import MTP
 from lightning_dualpipe.deepseek_v3.norm import RMSNorm
-from lightning_dualpipe.deepseek_v3.padding import MASK, check_padding
+from lightning_dualpipe.deepseek_v3.padding import MASK, PaddingCheck
 from lightning_dualpipe.deepseek_v3.recompute import Recompute
 from lightning_dualpipe.deepseek_v3.rope import Rotary
 from lightning_dualpipe.deepseek_v3.router import Router
@@ -41,10 +41,13 @@ _COST_LENGTH = 4096  # positions for which layers are weighed against each other
 class Transformer(nn.Module):
     """A ``PipelineModel``. Under ``torch.device("meta")`` it takes no memory; else it comes with initial weights."""
 
+    in_high_precision = ("lm_head",)
+
     def __init__(self, config: DeepSeekV3Config, *, seed: int = 0, recompute: Recompute = "none") -> None:
         super().__init__()
         self.config = config
         self.mtp_loss_weight = config.mtp_loss_weight  # may change in the course of a training
+        self.padding = PaddingCheck()
         device = torch.get_default_device()
         with torch.device("meta"):  # no module initialises itself
             self._build(config, Rotary(config), recompute)
@@ -87,7 +90,7 @@ class Transformer(nn.Module):
         return layers
 
     def inputs(self, batch: Batch) -> Tensor:
-        check_padding(batch)
+        self.padding(batch)
         return batch["input_ids"]
 
     def boundary(self, batch: Batch) -> Sequence[TensorSpec]:

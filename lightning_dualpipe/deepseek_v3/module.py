@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Self, cast, get_args
+from typing import Any, Self, cast, get_args
 
 import torch
 from lightning.pytorch import LightningModule
@@ -29,8 +29,9 @@ from lightning_dualpipe.deepseek_v3.config import ConfigOverrides, DeepSeekV3Con
 from lightning_dualpipe.deepseek_v3.convert import load_pretrained, read_pretrained_config, read_token_ids
 from lightning_dualpipe.deepseek_v3.count import count_parameters, training_flops
 from lightning_dualpipe.deepseek_v3.data_contract import TokenIds, check_data, check_token_ids, token_ids_of
+from lightning_dualpipe.deepseek_v3.generation.generates import Generates
 from lightning_dualpipe.deepseek_v3.hf_names import Part, parts_of
-from lightning_dualpipe.deepseek_v3.hf_writer import save_weights
+from lightning_dualpipe.deepseek_v3.hf_writer import FileDtype, save_weights
 from lightning_dualpipe.deepseek_v3.learning_rate import LearningRateSchedule, learning_rate_factor
 from lightning_dualpipe.deepseek_v3.model import Transformer
 from lightning_dualpipe.deepseek_v3.padding import MASK
@@ -41,7 +42,7 @@ from lightning_dualpipe.interface import Batch, ReplicaAware
 __all__ = ["DeepSeekV3"]
 
 
-class DeepSeekV3(LightningModule):
+class DeepSeekV3(Generates, LightningModule):
     """A trainable DeepSeek-V3.
 
     Args:
@@ -169,12 +170,14 @@ class DeepSeekV3(LightningModule):
         self,
         directory: str | Path,
         *,
-        dtype: Literal["float32", "bfloat16"] = "bfloat16",
+        dtype: FileDtype = "bfloat16",
         max_shard_size: int | str = "5GB",
         overwrite: bool = False,
         token_ids: TokenIds | None = None,
     ) -> None:
         """Write a Hugging Face directory that transformers and serving engines read.
+
+        ``dtype="float8_block"`` writes the format of DeepSeek's release: FP8 in blocks of 128 x 128, the rest bfloat16.
 
         With several ranks all of them call this. Rank 0 writes, and all return when the directory is complete, or
         raise what kept rank 0 from writing. ``token_ids`` are by default those of the data the model was trained on;
@@ -265,10 +268,19 @@ class DeepSeekV3(LightningModule):
         """``val_loss`` is the next-token loss in nats per token; means over an epoch are over its tokens."""
         means: Mapping[str, Tensor] = self.model(batch)
         size = int(means["tokens"])
+        self.model.padding.collect()  # the device has been waited for
         self.log(f"{stage}_loss", means["next_token_loss"], batch_size=size, sync_dist=True, prog_bar=True)
         for name in ("mtp_loss", "mtp_agreement"):
             if name in means:
                 self.log(f"{stage}_{name}", means[name], batch_size=size, sync_dist=True)
+
+    @override
+    def on_train_end(self) -> None:
+        self.model.padding.collect(wait=True)  # nobody asks for the answers of the last batches
+
+    @override
+    def on_predict_end(self) -> None:
+        self.model.padding.collect(wait=True)
 
     # ---- optimization -------------------------------------------------------------------------
 

@@ -33,6 +33,8 @@ __all__ = ["MTP"]
 class MTP(nn.Module):
     """One depth. As a layer of a pipeline it turns ``(h, h^1, .., h^(k-1), balance)`` into ``(.., h^k, balance)``."""
 
+    in_high_precision = ("eh_proj",)  # as in the released weights
+
     def __init__(self, config: DeepSeekV3Config, rotary: Rotary, *, depth: int, recompute: Recompute = "none") -> None:
         super().__init__()
         self.depth = depth
@@ -44,7 +46,7 @@ class MTP(nn.Module):
 
     def forward(self, h_BTD: Tensor, embedding_BTD: Tensor, balance_B: Tensor) -> tuple[Tensor, Tensor]:
         """``(h^k, balance_B)`` from h^(k-1) and the embeddings of the tokens k ahead, over the same T - k positions."""
-        values = self.block(self._joined(h_BTD, embedding_BTD), balance_B)
+        values = self.block(self.joined(h_BTD, embedding_BTD), balance_B)
         return self.norm(values[0]), values[1]
 
     def phases(self, embed_tokens: nn.Module) -> tuple[Phase, ...]:
@@ -54,7 +56,7 @@ class MTP(nn.Module):
             *shallower, balance_B = values
             embedding_BTD = embed_tokens(batch["input_ids"][:, self.depth :])
             previous_BTD = shallower[-1][:, : embedding_BTD.shape[1]]
-            return *shallower, self._joined(previous_BTD, embedding_BTD), balance_B
+            return *shallower, self.joined(previous_BTD, embedding_BTD), balance_B
 
         def norm(h_BTD: Tensor, balance_B: Tensor) -> Values:
             return self.norm(h_BTD), balance_B
@@ -63,7 +65,8 @@ class MTP(nn.Module):
         joined = compute_phase("join", join, self.block.recompute, takes_batch=True)
         return joined, *(_ahead(phase, self.depth) for phase in inner)
 
-    def _joined(self, h_BTD: Tensor, embedding_BTD: Tensor) -> Tensor:
+    def joined(self, h_BTD: Tensor, embedding_BTD: Tensor) -> Tensor:
+        """The input of the block."""
         joined: Tensor = self.eh_proj(rebuilt(self._normed, h_BTD, embedding_BTD))
         return joined
 

@@ -41,9 +41,14 @@ class Rotary:
 
         Computed in at least float32, as in DeepSeek's own code.
         """
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        turn_T1J = self._table(x.shape[-3], x.device, wide.dtype).unsqueeze(1)
-        return self._pairs_to_real(self._pairs(wide) * turn_T1J).to(x.dtype)
+        return self._turned(x, self._table(x.shape[-3], x.device, _wide(x.dtype)))
+
+    def at(self, x: Tensor, positions: Tensor, limit: int) -> Tensor:
+        """``x`` [..., T, heads, R] with the position of each index in ``positions`` [..., T], all below ``limit``."""
+        return self._turned(x, self._table(limit, x.device, _wide(x.dtype))[positions])
+
+    def _turned(self, x: Tensor, turn_TJ: Tensor) -> Tensor:
+        return self._pairs_to_real(self._pairs(x.to(_wide(x.dtype))) * turn_TJ.unsqueeze(-2)).to(x.dtype)
 
     def _pairs(self, x: Tensor) -> Tensor:
         if self._config.rope_interleave:
@@ -66,6 +71,10 @@ class Rotary:
 
     def __getstate__(self) -> dict[str, object]:
         return {"_config": self._config, "_tables": {}}
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def frequencies(config: DeepSeekV3Config) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lightning_dualpipe.errors import ConfigurationError, MissingPackageError
 
-__all__ = ["ShardWriter", "TensorReader", "read_json", "size_in_bytes"]
+__all__ = ["ShardWriter", "TensorReader", "begins_a_file", "file_names", "read_json", "size_in_bytes"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -201,7 +201,7 @@ class ShardWriter:
     def add(self, key: str, tensor: Tensor, dtype: torch.dtype) -> None:
         """Take a copy of ``tensor`` in ``dtype``."""
         size = tensor.numel() * dtype.itemsize
-        if self._waiting_size + size > self._max_shard_size:
+        if begins_a_file(self._waiting_size, size, self._max_shard_size):
             self._write_shard()
         self._waiting[key] = tensor.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
         self._waiting_size += size
@@ -212,11 +212,10 @@ class ShardWriter:
         self._write_shard()
         for name in [CONFIG, INDEX, *(path.name for path in _model_files(self._directory))]:
             (self._directory / name).unlink(missing_ok=True)
-        count = len(self._shards)
-        names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        names = file_names(len(self._shards))
         for number, name in enumerate(names):
             os.replace(self._workplace / f"{number}.safetensors", self._directory / name)
-        if count > 1:
+        if len(names) > 1:
             weight_map = {key: name for name, keys in zip(names, self._shards, strict=True) for key in keys}
             metadata = {"total_size": self._total_size}
             self._write_json(INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
@@ -235,6 +234,15 @@ class ShardWriter:
         path = self._workplace / name
         path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(path, self._directory / name)
+
+
+def begins_a_file(filled: int, size: int, max_shard_size: int) -> bool:
+    """Whether a tensor of ``size`` bytes goes to another file than the ``filled`` bytes before it."""
+    return filled > 0 and filled + size > max_shard_size
+
+
+def file_names(count: int) -> list[str]:
+    return [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
 def _check_target(directory: Path, *, overwrite: bool) -> None:

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.optim import LBFGS, Optimizer
 
 from lightning_dualpipe.errors import ConfigurationError
@@ -284,6 +285,9 @@ class ShardedOptimizer:
         for cut in self._cuts:
             flats = {name: parameter.data.view(-1) for name, parameter in cut.parameters.items()}
             share(flats, cut.owned, cut.group, self._replicas.bucket_bytes)
+        # ``.data`` is written to behind the counter of writes, by which others know whether what they keep is stale
+        increment_version([shard.parameter for shard in self.shards.values()])
+        increment_version([parameter for cut in self._cuts for parameter in cut.parameters.values()])
 
     def _names(self) -> dict[int, str]:
         return {id(parameter): name for name, parameter in self._named().items()}

@@ -1,4 +1,4 @@
-"""Cut the list of layers into stages of equal cost, and the model down to what one rank needs.
+"""Cut the list of layers into stages, and the model down to what one rank needs.
 
     layers   embed  b0  b1 │ b2  b3  b4 │ b5  b6  b7 │ b8  norm mtp head
     stage         0        │     1      │     2      │        3
@@ -18,17 +18,19 @@ from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.interface import Layer, TensorSpec
+from lightning_dualpipe.schedules import Placement
 from lightning_dualpipe.schedules.balance import balanced_bounds
 
 __all__ = ["Elsewhere", "Whole", "is_extra_state", "keep_only", "materialize", "partition", "uncut"]
 
 
-def partition(layers: Sequence[Layer], num_stages: int) -> tuple[range, ...]:
-    """Indices of the layers of each stage: contiguous, none empty, the dearest as cheap as possible.
+def partition(layers: Sequence[Layer], placement: Placement) -> tuple[range, ...]:
+    """Indices of the layers of each stage: contiguous, none empty, and what the busiest rank has as cheap as possible.
 
     Raises:
         ConfigurationError: there are fewer places to cut than stages.
     """
+    num_stages = placement.num_stages
     blocks = _uncuttable_blocks(layers)
     if len(blocks) < num_stages:
         raise ConfigurationError(
@@ -36,7 +38,7 @@ def partition(layers: Sequence[Layer], num_stages: int) -> tuple[range, ...]:
             f"(layers that must stay together counted once); use fewer pipeline ranks or a deeper model"
         )
     costs = [sum(layers[index].cost for index in block) for block in blocks]
-    bounds = balanced_bounds(costs, num_stages)
+    bounds = balanced_bounds(costs, num_stages, mirrored=placement.is_mirrored)
     return tuple(range(blocks[start].start, blocks[stop - 1].stop) for start, stop in pairwise(bounds))
 
 

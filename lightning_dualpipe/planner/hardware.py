@@ -44,7 +44,8 @@ class Hardware:
 
 
 # Peaks, memory: NVIDIA's data sheets of A100, H100, H200 and HGX B200 (dense rates: half of those with sparsity). The
-# H800 is an H100 with NVLink cut from 900 to 400 GB/s, both directions together (arXiv:2412.19437, section 3.1).
+# H800 is an H100 with NVLink cut from 900 to 400 GB/s, both directions together, so 200 each way, of which about 160
+# can be achieved (arXiv:2505.09343, section 4.3; 160 is what arXiv:2412.19437, section 3.2.2, counts with).
 _HOPPER_BF16, _HOPPER_FP8 = 989.4e12, 1978.9e12
 # 792.1 of 989 TFLOP/s on H100, 267.9 of 312 on A100: the largest matrix product of Stas Bekman's "ML Engineering",
 # compute/accelerator, table "Maximum Achievable Matmul FLOPS".

@@ -147,8 +147,7 @@ class _Costs:
     request: Request
     _factors: LayerTimes | None = None
     _layers: dict[tuple[int, int], dict[str, LayerTimes]] = field(default_factory=dict)
-    _cuts: dict[int, tuple[tuple[LayerShape, ...], ...]] = field(default_factory=dict)
-    _stages: dict[tuple[int, int, int], _Stages] = field(default_factory=dict)
+    _stages: dict[tuple[int, bool, int, int], _Stages] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.request.profile is not None:
@@ -193,23 +192,21 @@ class _Costs:
         )
 
     def _stages_of(self, layout: Layout) -> _Stages:
-        key = (layout.num_stages, layout.expert, layout.sequences)
+        key = (layout.num_stages, layout.placement.is_mirrored, layout.expert, layout.sequences)
         if key not in self._stages:
             self._stages[key] = self._make_stages(*key)
         return self._stages[key]
 
-    def _make_stages(self, num_stages: int, expert: int, sequences: int) -> _Stages:
-        if num_stages not in self._cuts:
-            self._cuts[num_stages] = cut(self.request.model, num_stages)
-        layers = self._cuts[num_stages]
+    def _make_stages(self, num_stages: int, mirrored: bool, expert: int, sequences: int) -> _Stages:
+        layers = cut(self.request.model, num_stages, mirrored=mirrored)  # kept there
         named = self._layer_times(expert, sequences)
         times = [[named[layer.name] for layer in stage] for stage in layers]
         alone = tuple(stage_times(stage, hide_alone=self.request.hide_alone) for stage in times)
-        mirrored = [(index, num_stages - 1 - index) for index in range((num_stages + 1) // 2)]
+        ends = [(index, num_stages - 1 - index) for index in range((num_stages + 1) // 2)]
         if self.request.overlap:
-            both = [(pair(times[a], times[b]) + pair(times[b], times[a])) / 2 for a, b in mirrored]
+            both = [(pair(times[a], times[b]) + pair(times[b], times[a])) / 2 for a, b in ends]
         else:
-            both = [sum(alone[s].forward + alone[s].backward for s in ends) / 2 for ends in mirrored]
+            both = [sum(alone[s].forward + alone[s].backward for s in two) / 2 for two in ends]
         return _Stages(layers, alone, tuple(both))
 
     def _layer_times(self, expert: int, sequences: int) -> dict[str, LayerTimes]:

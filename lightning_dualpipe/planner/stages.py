@@ -15,10 +15,11 @@ def num_pieces(model: ModelShape) -> int:
 
 
 @cache
-def cut(model: ModelShape, num_stages: int) -> tuple[tuple[LayerShape, ...], ...]:
-    """The layers of each stage: contiguous, none empty, the dearest as cheap as possible."""
+def cut(model: ModelShape, num_stages: int, *, mirrored: bool = False) -> tuple[tuple[LayerShape, ...], ...]:
+    """The layers of each stage: contiguous, none empty, and what the busiest rank has as cheap as possible."""
     starts = [index for index, layer in enumerate(model.layers) if not layer.with_previous]
     pieces = [model.layers[start:stop] for start, stop in pairwise([*starts, len(model.layers)])]
     assert len(pieces) >= num_stages, f"{len(pieces)} pieces make no {num_stages} stages"
-    bounds = balanced_bounds([sum(layer.cost for layer in piece) for piece in pieces], num_stages)
+    costs = [sum(layer.cost for layer in piece) for piece in pieces]
+    bounds = balanced_bounds(costs, num_stages, mirrored=mirrored)
     return tuple(tuple(layer for piece in pieces[start:stop] for layer in piece) for start, stop in pairwise(bounds))

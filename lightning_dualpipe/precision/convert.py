@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 from torch import nn
 
-from lightning_dualpipe.precision.linear import is_plain, take_over
+from lightning_dualpipe.precision.grouped_linear import grouped_linear
+from lightning_dualpipe.precision.linear import give_back, is_plain, take_over
 from lightning_dualpipe.precision.matmul import Backend, HasGroupedMatmuls
 
-__all__ = ["convert"]
+__all__ = ["convert", "restore"]
 
 
 def convert(module: nn.Module, backend: Backend, wanted: Callable[[str, nn.Module], bool]) -> list[str]:
@@ -29,3 +30,12 @@ def convert(module: nn.Module, backend: Backend, wanted: Callable[[str, nn.Modul
             layer.grouped_matmuls = {parameter: backend.grouped_linear() for parameter in layer.grouped_matmuls}
             converted.append(name)
     return converted
+
+
+def restore(module: nn.Module) -> None:
+    """Let all layers of ``module`` multiply in high precision again."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear) and is_plain(layer):
+            give_back(layer)
+        elif isinstance(layer, HasGroupedMatmuls):
+            layer.grouped_matmuls = dict.fromkeys(layer.grouped_matmuls, grouped_linear)

@@ -61,7 +61,7 @@ class _FP8Linear(torch.autograd.Function):
             y_NO = layer.multiply(quantise(_rows(x), layer.activation), weight, x.dtype)
             if bias_O is not None:
                 y_NO += bias_O.to(x.dtype)
-        return y_NO.view(*x.shape[:-1], -1)
+        return y_NO.view(*x.shape[:-1], y_NO.shape[-1])
 
     @staticmethod
     @once_differentiable
@@ -74,7 +74,7 @@ class _FP8Linear(torch.autograd.Function):
             with without_autocast(grad):
                 (weight,) = layer.weight.columns(weight_OI)
                 grad_NI = layer.multiply(quantise(_rows(grad), layer.gradient), weight, ctx.dtype)
-            grad_x = grad_NI.view(*grad.shape[:-1], -1)
+            grad_x = grad_NI.view(*grad.shape[:-1], grad_NI.shape[-1])
         if needs_weight:
             grad_weight = now_or_later(ctx.parameters[0], ctx.queue, partial(_weight_gradient, layer, grad, x))
         if needs_bias:

@@ -1,34 +1,52 @@
 """A weight in FP8, kept for the microbatches between two steps of the optimizer.
 
-What is kept is used only for the very tensor, in the very state, that it was made of: its version counts
-writes in place, and the epoch those that no counter sees (``.data``), as told by ``Backend.weights_changed``.
+What is kept is used only for the very tensor, in the very state, that it was made of. Its version counts
+writes in place, but neither those through ``.data`` nor those of torch's fused optimizers. So the step of any
+optimizer of this process ends what is kept, and whoever writes otherwise says so (``Backend.weights_changed``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_dualpipe.precision.recipe import Operand
 from lightning_dualpipe.precision.reference import Quantised, quantise
 
-__all__ = ["Epoch", "QuantisedWeight"]
+__all__ = ["Epoch", "QuantisedWeight", "state_of"]
 
 
 @dataclass(slots=True)
 class Epoch:
-    """Counts the steps of the optimizer. Shared by all weights of a backend."""
+    """Counts what no version of a tensor does. Shared by all weights of a backend."""
 
     number: int = 0
+
+
+_steps = Epoch()  # of all optimizers
+
+
+def _count_step(*_: object) -> None:
+    _steps.number += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+def state_of(weight: Tensor, epoch: Epoch) -> tuple[int, ...]:
+    """What is made of ``weight`` is good for as long as this stays the same."""
+    return weight.data_ptr(), weight._version, epoch.number, _steps.number
 
 
 @dataclass(slots=True)
 class QuantisedWeight:
     how: Operand
     epoch: Epoch
-    _made_of: tuple[int, int, int] | None = None
+    _made_of: tuple[int, ...] | None = None
     _kept: dict[str, tuple[Quantised, ...]] = field(default_factory=dict)
 
     def rows(self, weight: Tensor) -> tuple[Quantised, ...]:
@@ -41,8 +59,12 @@ class QuantisedWeight:
             return tuple(w.mT for w in self.rows(weight))
         return self._get("columns", weight, lambda w_OI: quantise(w_OI.mT, self.how))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy makes its own: it belongs to another weight."""
+        return QuantisedWeight, (self.how, self.epoch)
+
     def _get(self, which: str, weight: Tensor, make: Callable[[Tensor], Quantised]) -> tuple[Quantised, ...]:
-        state = (weight.data_ptr(), weight._version, self.epoch.number)
+        state = state_of(weight, self.epoch)
         if state != self._made_of:
             self._made_of, self._kept = state, {}
         if which not in self._kept:

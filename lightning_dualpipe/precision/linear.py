@@ -23,7 +23,7 @@ from lightning_dualpipe.interface import WeightGradients
 from lightning_dualpipe.precision.matmul import Matmul
 from lightning_dualpipe.precision.weight_gradients import autocast_to, now_or_later, without_autocast
 
-__all__ = ["is_plain", "linear", "make_linears_deferrable", "plain_linears", "take_over"]
+__all__ = ["give_back", "is_plain", "linear", "make_linears_deferrable", "plain_linears", "take_over"]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, queue: WeightGradients | None = None) -> Tensor:
@@ -80,6 +80,14 @@ def take_over(layer: nn.Linear, matmul: Matmul | None = None) -> Callable[[], No
             undo_matmul()
 
     return undo
+
+
+def give_back(layer: nn.Linear) -> None:
+    """Take the matmul of a plain layer back: it multiplies in high precision again, and has its own ``forward``."""
+    own = vars(layer)
+    own.pop("matmul", None)
+    if own.get("weight_gradients") is None:
+        own.pop("forward", None)
 
 
 def _is_taken(layer: nn.Module) -> bool:

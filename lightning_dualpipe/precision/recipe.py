@@ -147,11 +147,14 @@ def recipe_of(recipe: str | Mapping[str, Any] | Recipe) -> Recipe:
     Raises:
         ConfigurationError: an unknown name or setting, or a value that a setting does not take.
     """
-    if isinstance(recipe, Recipe):
-        return recipe
-    settings = {"name": recipe} if isinstance(recipe, str) else dict(recipe)
+    if isinstance(recipe, Recipe):  # made by its class, which takes any values
+        settings = {"name": recipe.name, **{field.name: getattr(recipe, field.name) for field in fields(recipe)}}
+    elif isinstance(recipe, Mapping):
+        settings = dict(recipe)
+    else:
+        settings = {"name": recipe}
     name = settings.pop("name", None)
-    if name not in _RECIPES:
+    if not isinstance(name, str) or name not in _RECIPES:
         raise ConfigurationError(f"recipe {name!r} is not one of {', '.join(_RECIPES)}{_meant(name, _RECIPES)}")
     kind = _RECIPES[name]
     hints = get_type_hints(kind)

@@ -76,7 +76,9 @@ def dequantise(x: Quantised) -> Tensor:
     scales = x.inverse_scales
     if rows > 1:
         scales = scales.repeat_interleave(rows, 0)[:m]
-    return x.values_MK.float().mul_(scales.repeat_interleave(columns, 1)[:, :k])
+    # in one order in memory, whichever way it lies: sums of products depend on that, in the last place
+    values_MK = x.values_MK.to(torch.float32, memory_format=torch.contiguous_format)
+    return values_MK.mul_(scales.repeat_interleave(columns, 1)[:, :k])
 
 
 def multiply(a_MK: Quantised, b_NK: Quantised, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -20,33 +20,34 @@ from torch import Tensor
 
 from lightning_dualpipe.interface import WeightGradients
 
-__all__ = ["autocast_to", "now_or_later", "without_autocast"]
+__all__ = ["autocast_to", "gradient_dtype", "may_skip_autograd", "now_or_later", "without_autocast"]
 
 
 def now_or_later(parameter: Tensor, queue: WeightGradients | None, compute: Callable[[], Tensor]) -> Tensor | None:
     """The gradient of ``parameter`` for autograd, or None if ``compute`` was put into the queue instead."""
-    if queue is None or not _can_wait(parameter, queue):
-        return compute().to(_gradient_dtype(parameter))
+    if queue is None or not (queue.deferring and may_skip_autograd(parameter)):
+        return compute().to(gradient_dtype(parameter))
     queue.put(partial(_add_gradient, parameter, compute))
     return None
 
 
-def _can_wait(parameter: Tensor, queue: WeightGradients) -> bool:
+def may_skip_autograd(parameter: Tensor) -> bool:
     """A computed weight (a parametrization, for instance) must pass its gradient on, and a hook must see it."""
     hooks = parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
-    return queue.deferring and parameter.is_leaf and not hooks
+    return parameter.is_leaf and not hooks
 
 
 @torch.no_grad()  # runs outside the autograd engine: without this the gradient would carry a graph
 def _add_gradient(parameter: Tensor, compute: Callable[[], Tensor]) -> None:
-    gradient = compute().to(_gradient_dtype(parameter))
+    gradient = compute().to(gradient_dtype(parameter))
     if parameter.grad is None:
         parameter.grad = gradient
     else:
         parameter.grad += gradient
 
 
-def _gradient_dtype(parameter: Tensor) -> torch.dtype:
+def gradient_dtype(parameter: Tensor) -> torch.dtype:
+    """Of ``parameter.grad``."""
     chosen = parameter.grad_dtype if parameter.is_leaf else None
     return chosen or parameter.dtype
 

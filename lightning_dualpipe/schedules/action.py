@@ -122,6 +122,11 @@ class Placement:
     def num_ranks(self) -> int:
         return 1 + max(map(max, self.routes))
 
+    @property
+    def is_mirrored(self) -> bool:
+        """Whether a rank has two stages, one as far from the beginning as the other from the end."""
+        return self.num_stages > 1 and self.stages_on(0) == (0, self.num_stages - 1)
+
     def stages_on(self, rank: int) -> tuple[int, ...]:
         """The stages a rank may serve, ascending, whether or not a microbatch comes by."""
         return tuple(sorted({stage for route in self.routes for stage, place in enumerate(route) if place == rank}))

@@ -1,7 +1,7 @@
 """Put together what one rank runs: its part of the model, the engine, and who else holds what.
 
 find      the submodule that follows ``interface.PipelineModel``
-cut       its layers into stages of equal cost; keep this rank's, replace the rest by placeholders
+cut       its layers into stages, ranks of equal cost; keep this rank's, replace the rest by placeholders
 spread    experts over the ranks of the expert group
 fill      memory and initial weights for what was built on the meta device
 attach    the model's ``forward`` becomes the pipeline
@@ -125,7 +125,7 @@ class Part:
                 "use the first Trainer again, or build the module anew and load its checkpoint"
             )
         layers = as_layers(model.layers())
-        stages = partition(layers, placement.num_stages)
+        stages = partition(layers, placement.placement)
         part = cls(layers, stages, Whole.of(owner, layers, stages), made_for)
         kept = [layers[index] for stage in placement.stages_on(rank) for index in stages[stage]]
         keep_only(module, kept, layers)
@@ -144,6 +144,7 @@ class Assembly:
         dispatcher: the way of tokens to their experts, by its name in ``parallel.choice``.
         dtype: what layers compute in.
         convert: the precision plugin's conversion of modules.
+        look_at: shows it the whole model first: what a rank holds says little of what it is a part of.
         context: what a forward of a stage runs in.
         main_gradients: whether parameters in half precision have float32 gradients.
     """
@@ -162,6 +163,7 @@ class Assembly:
         context: Callable[[], AbstractContextManager[object]],
         convert: Callable[[nn.Module], nn.Module],
         main_gradients: bool,
+        look_at: Callable[[nn.Module], None] = lambda _: None,
         dispatcher: str = "auto",
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -181,7 +183,8 @@ class Assembly:
         self._dispatchers: list[TokenDispatcher] = []
         self._spread_experts(dispatcher, routers, device, dtype)
         filled = self._fill(device)
-        convert(owner)
+        self._look_at, self._convert = look_at, convert
+        self.convert()
         owner.to(device)
         self.rows = self._rows()
         holders = {first: self._holders(first) for first in self._local_tensors()}
@@ -231,6 +234,12 @@ class Assembly:
         """What all dispatches of this rank have sent; counted by ``dispatcher="node"`` alone."""
         counted = (each.traffic for each in self._dispatchers if isinstance(each, NodeDispatcher))
         return sum(counted, Traffic())
+
+    def convert(self) -> None:
+        """By the precision plugin. A second time changes nothing, unless what the first one did has been undone."""
+        with self.uncut():
+            self._look_at(self.owner)
+        self._convert(self.owner)
 
     def attach(self) -> None:
         """From now on, calling the model runs the pipeline."""

@@ -1,18 +1,25 @@
-"""Checkpoints of ranks that hold parts of a model: one file, as ``strategy="auto"`` would have written it."""
+"""Checkpoints of ranks that hold parts of a model: one file, as ``strategy="auto"`` would have written it, or a
+directory into which every rank writes what it has. Both are loaded under any layout.
+"""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch.distributed as dist
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_dualpipe.checkpoint.directory import is_directory, remove
+from lightning_dualpipe.checkpoint.stored import open_stored
 from lightning_dualpipe.pipeline.partition import is_extra_state
+from lightning_dualpipe.strategy.distributed_saves import DistributedSaves
 from lightning_dualpipe.strategy.optimizers import PipelineOptimizers
 
 __all__ = ["PipelineCheckpoints"]
@@ -29,7 +36,10 @@ _CURRENT = "current_model_state"
 
 
 class PipelineCheckpoints(PipelineOptimizers):
-    """Collects what the ranks hold, and hands each its part; ``checkpoint.store`` does the work."""
+    """Collects what the ranks hold, and hands each its part; the folder ``checkpoint`` does the work."""
+
+    save_distributed_checkpoint: bool | Literal["async"] = False
+    _saves: DistributedSaves | None = None
 
     @property
     @override
@@ -43,7 +53,7 @@ class PipelineCheckpoints(PipelineOptimizers):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
-        """Rank 0 writes one file, complete and in the form that ``strategy="auto"`` writes."""
+        """A directory, or one file of rank 0, complete and in the form that ``strategy="auto"`` writes."""
         if self._alone and self.world_size > 1:
             rank_zero_warn(
                 f"{filepath} is not written: the run was interrupted and other ranks may be gone, so their part of "
@@ -52,6 +62,12 @@ class PipelineCheckpoints(PipelineOptimizers):
             return
         assert self.assembly is not None
         extra = self._extra_states(checkpoint["state_dict"])
+        if self.save_distributed_checkpoint:
+            # outside of fit nobody would wait for the thread
+            fitting = self._module.trainer.state.status == TrainerStatus.RUNNING
+            background = fitting and self.save_distributed_checkpoint == "async"
+            self._distributed.save(checkpoint, filepath, self._sharded, extra=extra, background=background)
+            return
         for key in ("state_dict", _CURRENT):
             if key in checkpoint:
                 checkpoint[key] = self.assembly.store.whole_state_dict(checkpoint[key])
@@ -65,27 +81,60 @@ class PipelineCheckpoints(PipelineOptimizers):
                 checkpoint[_MAIN_WEIGHTS] = main_weights
         super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
+    @property
+    def _distributed(self) -> DistributedSaves:
+        assert self.assembly is not None
+        if self._saves is None or self._saves.store is not self.assembly.store:
+            self._saves = DistributedSaves(
+                self.assembly.store,
+                rank=self.global_rank,
+                timeout=self.groups.timeout,
+                written_by=f"{self.world_size} ranks, {self.assembly.part.made_for}",
+            )
+        return self._saves
+
+    @override
+    def remove_checkpoint(self, filepath: _PATH) -> None:
+        if self.is_global_zero and (self._saves is not None and self._saves.busy):
+            self._saves.remove_later(filepath)
+        elif self.is_global_zero and is_directory(filepath):
+            remove(Path(filepath))
+        else:
+            super().remove_checkpoint(filepath)
+
+    def _finish_saving(self) -> None:
+        """Before the ranks part, or somebody wants to read what was saved."""
+        if self._saves is not None:
+            self._saves.finish(interrupted=self._alone and self.world_size > 1)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        """Of a directory only what is no tensor is read here; of tensors each rank reads its part when it needs it."""
+        self._finish_saving()
+        if not is_directory(checkpoint_path):
+            return super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+        return open_stored(checkpoint_path).checkpoint()
+
     def whole_tensors(self) -> Iterator[tuple[str, range | None, Tensor]]:
         """On rank 0 every tensor of the whole LightningModule, by name; spread ones in pieces with their rows.
 
         A collective: every rank iterates to the end.
         """
-        assert self.assembly is not None and self.lightning_module is not None
-        return self.assembly.store.stream(self.lightning_module.state_dict())
+        assert self.assembly is not None
+        return self.assembly.store.stream(self._module.state_dict())
 
     def local_tensors(self, whole: Mapping[str, Tensor], *, strict: bool = True) -> dict[str, Tensor]:
         """Of a whole state dict of the LightningModule, what this rank holds."""
-        assert self.assembly is not None and self.lightning_module is not None
-        return self.assembly.store.local_state_dict(whole, self.lightning_module.state_dict(), strict=strict)
+        assert self.assembly is not None
+        return self.assembly.store.local_state_dict(whole, self._module.state_dict(), strict=strict)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        assert self.lightning_module is not None
-        names = self.lightning_module.state_dict()
+        names = self._module.state_dict()
         saved: Mapping[str, Any] = checkpoint["state_dict"]
         extra = {name: value for name, value in saved.items() if is_extra_state(name) and name in names}
         tensors = {name: value for name, value in saved.items() if not is_extra_state(name)}
-        self.lightning_module.load_state_dict(self.local_tensors(tensors, strict=strict) | extra, strict=strict)
+        self._module.load_state_dict(self.local_tensors(tensors, strict=strict) | extra, strict=strict)
 
     def _extra_states(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """On rank 0 what modules of any rank say of themselves (``get_extra_state``). A collective."""

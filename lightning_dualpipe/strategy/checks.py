@@ -19,6 +19,7 @@ from lightning_dualpipe.interface import as_layers
 from lightning_dualpipe.parallel.choice import DISPATCHERS, why_not
 from lightning_dualpipe.parallel.layout import ParallelLayout
 from lightning_dualpipe.pipeline.partition import Whole, partition
+from lightning_dualpipe.precision.recipe import Delayed, Recipe
 from lightning_dualpipe.schedules import SCHEDULES, build_schedule
 from lightning_dualpipe.strategy.assembly import check_experts, find_pipeline_model, program_name
 
@@ -32,6 +33,7 @@ def check_arguments(
     num_microbatches: int | Literal["auto"],
     precision: str,
     dispatcher: str,
+    save_distributed_checkpoint: object,
 ) -> None:
     problems = [
         f"{name}={value!r} must be a positive whole number{or_auto}"
@@ -48,6 +50,8 @@ def check_arguments(
         problems.append(f"optimizer_precision={precision!r} is neither '32' nor 'parameters'")
     if dispatcher not in DISPATCHERS:
         problems.append(f"dispatcher={dispatcher!r} is not one of {', '.join(DISPATCHERS)}")
+    if save_distributed_checkpoint not in (True, False, "async"):
+        problems.append(f"save_distributed_checkpoint={save_distributed_checkpoint!r} is neither a bool nor 'async'")
     if problems:
         raise ConfigurationError.of("DualPipeStrategy cannot be built", problems)
 
@@ -59,12 +63,14 @@ def check_run(
     dispatcher: str,
     devices: Sequence[torch.device],
     precision: str,
+    recipe: Recipe | None,
     syncs_batchnorm: bool,
     started: int | None,
 ) -> None:
     """One error that lists every problem of this Trainer with this strategy.
 
     Args:
+        recipe: of products in FP8.
         started: processes that an earlier Trainer of this program has brought together.
     """
     problems = layout.problems()
@@ -94,6 +100,20 @@ def check_run(
             f"precision={precision!r} would let ranks skip different steps, and sums of losses overflow float16; "
             "use precision='bf16-mixed' or 'bf16-true'"
         )
+    if precision.startswith("transformer-engine"):
+        problems.append(
+            f"precision={precision!r} is Lightning's own, which scales by the largest values of earlier steps; ranks "
+            "that hold different layers cannot agree on those. Leave precision out, and give the Trainer "
+            "plugins=[lightning_dualpipe.FP8Precision()]"
+        )
+    if isinstance(recipe, Delayed) and not problems:
+        num_stages = build_schedule(program_name(schedule, layout), layout.pipeline, 1).num_stages
+        if num_stages > 1:
+            problems.append(
+                f"recipe='delayed' scales by the largest values of earlier microbatches, which the {num_stages} stages "
+                "of this pipeline see in different orders, so that results would depend on the layout; use "
+                "recipe='block', or 'current', whose scales come from the tensors themselves"
+            )
     if devices and layout.expert > 1 and not layout.problems():
         refused = why_not(dispatcher, layout, device=devices[0], dtype=dtype_of(precision))
         problems += [refused] if refused else []
@@ -103,23 +123,25 @@ def check_run(
 
 def dtype_of(precision: str) -> torch.dtype:
     """What layers compute in; under autocast what passes between them has the parameters' type."""
-    if precision == "transformer-engine":
-        return torch.bfloat16
     return {"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(precision, torch.float32)
 
 
-def check_model(owner: LightningModule, schedule: str, layout: ParallelLayout) -> None:
-    """Raise what every rank would raise when it cuts the model; one that is built later is left to them."""
+def check_model(owner: LightningModule, schedule: str, layout: ParallelLayout) -> bool:
+    """Raise what every rank would raise when it cuts the model; one that is built later is left to them.
+
+    Returns whether it is built.
+    """
     try:
         _, model = find_pipeline_model(owner)
     except ConfigurationError:
         if is_overridden("configure_model", owner) or is_overridden("setup", owner):
-            return
+            return False
         raise
     layers = as_layers(model.layers())
-    num_stages = build_schedule(program_name(schedule, layout), layout.pipeline, 1).num_stages
-    Whole.of(owner, layers, partition(layers, num_stages))
+    placement = build_schedule(program_name(schedule, layout), layout.pipeline, 1).placement
+    Whole.of(owner, layers, partition(layers, placement))
     check_experts(owner, layout)
+    return True
 
 
 def check_callbacks(trainer: Trainer, layout: ParallelLayout) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.distributed import _distributed_is_initialized
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor
@@ -35,6 +36,11 @@ class PipelineCollectives(ParallelStrategy, ABC):
     @abstractmethod
     def groups(self) -> Groups:
         """Whom this rank talks to."""
+
+    @property
+    def _module(self) -> LightningModule:
+        assert self.lightning_module is not None, "the Trainer connects a module before it calls its strategy"
+        return self.lightning_module
 
     @property
     def _alone(self) -> bool:

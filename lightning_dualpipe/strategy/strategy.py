@@ -6,13 +6,13 @@
     backward        hands the gradients over, summed over every rank that holds the parameter
     optimizers      step on this rank's share of what they update, then share the result
     clipping        by the norm of the whole model, each parameter counted once
-    checkpoints     one file, as ``strategy="auto"`` would have written it
+    checkpoints     one file, as ``strategy="auto"`` would have written it, or a directory of all ranks' parts
 
 What a rank holds is decided by ``strategy.assembly``, who reads the data by ``strategy.reader``; the
-base classes talk to other ranks (``collectives``), share out ``optimizers`` and read and write checkpoints.
+base classes talk to other ranks (``collectives``), share out ``optimizers``, read and write checkpoints and show the
+precision plugin the whole model.
 """
 
-import types
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -31,25 +31,22 @@ from lightning.fabric.utilities.distributed import (
 )
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states, pl_worker_init_function
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_utilities.core.rank_zero import rank_zero_only as utilities_rank_zero_only
 from torch import Tensor
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_dualpipe.interface import InitializesWeights
-from lightning_dualpipe.parallel.grad_norm import clip_, gradient_norm
 from lightning_dualpipe.parallel.groups import Groups
 from lightning_dualpipe.parallel.layout import ParallelLayout
 from lightning_dualpipe.pipeline.overlap import launch_order
 from lightning_dualpipe.pipeline.record import Recorder
 from lightning_dualpipe.schedules.record import StepRecord
 from lightning_dualpipe.strategy.assembly import Assembly
-from lightning_dualpipe.strategy.checkpoints import PipelineCheckpoints
 from lightning_dualpipe.strategy.checks import check_arguments, check_callbacks, check_model, check_run, dtype_of
 from lightning_dualpipe.strategy.configured import clear_gradients_early, optimizers_may_be_empty
 from lightning_dualpipe.strategy.failures import report_failure
@@ -57,6 +54,7 @@ from lightning_dualpipe.strategy.interrupts import exit_as_terminated, stop_betw
 from lightning_dualpipe.strategy.launcher import PipelineLauncher, join_run
 from lightning_dualpipe.strategy.metric_groups import collect_over
 from lightning_dualpipe.strategy.model_summary import summarize_the_whole_model
+from lightning_dualpipe.strategy.precision import PipelinePrecision
 from lightning_dualpipe.strategy.reader import PipelineReader, check_lengths, warn_of_stream
 from lightning_dualpipe.strategy.recording import start_recording, stop_recording
 from lightning_dualpipe.strategy.requeue import requeue_between_batches
@@ -64,7 +62,7 @@ from lightning_dualpipe.strategy.requeue import requeue_between_batches
 __all__ = ["DualPipeStrategy"]
 
 
-class DualPipeStrategy(PipelineCheckpoints):
+class DualPipeStrategy(PipelinePrecision):
     """Trains one model over several processes: pipeline, data and expert parallelism.
 
     The world of processes is ``pipeline_parallel_size`` x data-parallel size. Experts are spread over
@@ -84,6 +82,8 @@ class DualPipeStrategy(PipelineCheckpoints):
             for its own tokens; results are the same.
         dispatcher: the way of tokens to their experts, by its name in ``parallel.choice``; ``"auto"`` takes the best
             that can run here, and says why.
+        save_distributed_checkpoint: every rank writes what it has into a directory, ``"async"``: while training goes
+            on; off, rank 0 writes one file.
         process_group_backend: ``nccl`` on GPUs and ``gloo`` on CPUs by default.
         timeout: how long a collective may wait before the run is given up.
     """
@@ -99,6 +99,7 @@ class DualPipeStrategy(PipelineCheckpoints):
         overlap: bool = True,
         optimizer_precision: Literal["32", "parameters"] = "32",
         dispatcher: Literal["auto", "all_to_all", "node", "deepep"] = "auto",
+        save_distributed_checkpoint: bool | Literal["async"] = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         accelerator: Accelerator | None = None,
@@ -108,15 +109,15 @@ class DualPipeStrategy(PipelineCheckpoints):
         precision_plugin: Precision | None = None,
     ) -> None:
         check_arguments(
-            pipeline_parallel_size, expert_parallel_size, schedule, num_microbatches, optimizer_precision, dispatcher
+            pipeline_parallel_size,
+            expert_parallel_size,
+            schedule,
+            num_microbatches,
+            optimizer_precision,
+            dispatcher,
+            save_distributed_checkpoint,
         )
-        super().__init__(
-            accelerator=accelerator,
-            parallel_devices=parallel_devices,
-            cluster_environment=cluster_environment,
-            checkpoint_io=checkpoint_io,
-            precision_plugin=precision_plugin,
-        )
+        super().__init__(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
         self.pipeline_parallel_size = pipeline_parallel_size
         self.expert_parallel_size = expert_parallel_size
         self.schedule = schedule
@@ -124,6 +125,7 @@ class DualPipeStrategy(PipelineCheckpoints):
         self.overlap = overlap
         self.optimizer_precision = optimizer_precision
         self.dispatcher = dispatcher
+        self.save_distributed_checkpoint = save_distributed_checkpoint
         self.num_nodes = 1
         self._backend = process_group_backend
         self._timeout = timeout or default_pg_timeout
@@ -142,11 +144,6 @@ class DualPipeStrategy(PipelineCheckpoints):
             expert=self.expert_parallel_size,
             per_node=self.num_processes or None,
         )
-
-    @property
-    def _module(self) -> LightningModule:
-        assert self.lightning_module is not None, "the Trainer connects a module before it calls its strategy"
-        return self.lightning_module
 
     @property
     @override
@@ -184,20 +181,6 @@ class DualPipeStrategy(PipelineCheckpoints):
         """Which of the pipelines this rank belongs to."""
         return self.layout.data_rank(self.global_rank)
 
-    @property
-    @override
-    def precision_plugin(self) -> Precision:
-        return super().precision_plugin
-
-    @precision_plugin.setter
-    def precision_plugin(self, plugin: Precision | None) -> None:
-        """Clipping by norm goes through the plugin, which sees this rank's parameters only: give it the whole norm."""
-        if plugin is not None:
-            plugin.clip_grad_by_norm = types.MethodType(  # type: ignore[method-assign]
-                lambda plugin, optimizer, clip_val: self._clip_by_norm(plugin, optimizer, clip_val), plugin
-            )
-        self._precision_plugin = plugin
-
     # ---- launch -------------------------------------------------------------------------------
 
     @override
@@ -216,12 +199,15 @@ class DualPipeStrategy(PipelineCheckpoints):
             dispatcher=self.dispatcher,
             devices=self.parallel_devices or [],
             precision=str(self.precision_plugin.precision),
+            recipe=self._recipe,
             syncs_batchnorm=getattr(self, "_layer_sync", None) is not None,
             started=dist.get_world_size() if _distributed_is_initialized() else None,
         )
+        self._check_backend()
 
     def check_model(self, trainer: Trainer) -> None:
-        check_model(self._module, self.schedule, self.layout)
+        if check_model(self._module, self.schedule, self.layout):
+            self._look_at(self._module)
         check_callbacks(trainer, self.layout)
 
     def set_world_ranks(self) -> None:
@@ -277,9 +263,12 @@ class DualPipeStrategy(PipelineCheckpoints):
                 dtype=dtype_of(str(self.precision_plugin.precision)),
                 device=self.root_device,
                 context=lambda: self.precision_plugin.forward_context(),
+                look_at=self._look_at,
                 convert=self.precision_plugin.convert_module,
                 main_gradients=self.optimizer_precision == "32",
             )
+        else:
+            self.assembly.convert()  # the end of the last run has undone it
         self.model = self.lightning_module
         self.model_to_device()
         collect_over(self.lightning_module, self.groups.data)
@@ -336,22 +325,10 @@ class DualPipeStrategy(PipelineCheckpoints):
         """Pieces of the last training batch; None before the first."""
         return None if self.assembly is None else self.assembly.num_microbatches_used
 
-    def gradient_norm(self, norm_type: float = 2.0) -> Tensor:
-        """Norm of the gradients of the whole model, each parameter counted once; the same on every rank."""
-        assert self.assembly is not None
-        named, replicas = self.assembly.named_parameters(), self.assembly.replicas
-        return gradient_norm(named, replicas, group=self.groups.world, norm_type=norm_type)
-
     def sum_over_replicas(self, tensors: Mapping[str, Tensor]) -> None:
         """Sum each tensor, in place, over the ranks that hold the tensor of the LightningModule it is named after."""
         assert self.assembly is not None
         self.assembly.replicas.sum_tensors(tensors)
-
-    def _clip_by_norm(self, plugin: Precision, optimizer: Optimizer, clip_val: float) -> None:
-        assert self.assembly is not None
-        wanted = {id(parameter) for parameter in plugin.main_params(optimizer)}
-        named = {name: p for name, p in self.assembly.named_parameters().items() if id(p) in wanted}
-        clip_(named, clip_val, self.assembly.replicas, group=self.groups.world)
 
     def record_step(self) -> None:
         """Record the next run of the schedule, on all ranks."""
@@ -398,3 +375,4 @@ class DualPipeStrategy(PipelineCheckpoints):
         self.precision_plugin.teardown()
         self.accelerator.teardown()
         self.checkpoint_io.teardown()
+        self._finish_saving()

@@ -66,6 +66,19 @@ def test_a_picture_is_drawn_however_little_there_is(curve: list[tuple[int, float
     assert draw_losses(curve, curve[1:], Path("losses.png")).stat().st_size > 1000
 
 
+@needs("matplotlib")
+@pytest.mark.parametrize("curves", [([(1, 5.5)], []), ([], [(1, 5.5)])], ids=["training", "validation"])
+def test_a_single_point_can_be_seen(
+    curves: tuple[list[tuple[int, float]], list[tuple[int, float]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    draw_losses(*curves, Path("losses.png"))
+    assert [line.get_marker() for line in drawn[0].axes[0].lines] == ["o"]
+
+
 def test_without_matplotlib_a_run_ends_well_and_says_what_is_missing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -10,6 +10,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_dualpipe import DualPipeStrategy
 from lightning_dualpipe.callbacks import StepTimeline
@@ -117,10 +118,10 @@ def test_every_rank_logs_the_shares_of_the_steps_it_recorded(outcomes: list[Outc
 
 
 def test_loggers_get_them_at_whatever_step(outcomes: list[Outcome]) -> None:
-    """Lightning itself would write the third step alone. Its loggers count from 0."""
+    """Lightning itself would write the third step alone, and counts rows from 0; files and ``timeline_step`` from 1."""
     heads, *lines = (line.split(",") for line in outcomes[0].files["metrics.csv"].splitlines())
     rows = [dict(zip(heads, line, strict=True)) for line in lines]
-    assert [row["step"] for row in rows if row["bubble"]] == ["1", "3"]
+    assert [(row["step"], row["timeline_step"]) for row in rows if row["bubble"]] == [("1", "2"), ("3", "4")]
     assert all(row["exposed_communication"] and row["simulated_bubble"] for row in rows if row["bubble"])
 
 
@@ -128,9 +129,10 @@ def test_of_an_accumulated_step_the_first_batch_is_recorded(outcomes: list[Outco
     assert [name for name in outcomes[0].accumulated if name.endswith(".json")] == ["timeline_step2.json"]
 
 
-def without_pipeline(callback: StepTimeline) -> L.Trainer:
+def without_pipeline(callback: StepTimeline, strategy: Any = "auto") -> L.Trainer:
     trainer = L.Trainer(
         accelerator="cpu",
+        strategy=strategy,
         devices=1,
         max_steps=2,
         logger=False,
@@ -154,9 +156,27 @@ def test_without_a_pipeline_there_is_one_warning_and_nothing_else() -> None:
 def test_a_pipeline_of_one_rank_has_a_timeline_too(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     run = Run(strategy={"pipeline_parallel_size": 1}, steps=2, corpus=write_corpus(tmp_path))
-    with pytest.warns(UserWarning, match="recorded nothing: this fit ended before its step 10"):
-        fit(run, StepTimeline(step=1), StepTimeline())
+    with pytest.warns(UserWarning, match="StepTimeline") as heard:
+        fit(run, StepTimeline(step=1), StepTimeline(), StepTimeline(step=3, every_n_steps=5))
     assert Path("timeline_step1.json").exists()
+    assert [str(warning.message) for warning in heard if "StepTimeline" in str(warning.message)] == [
+        f"StepTimeline has recorded nothing: this fit ended after 2 optimizer steps, before its step={step}; "
+        "give a smaller one"
+        for step in (10, 3)
+    ]
+
+
+class NeverRuns(SingleDeviceStrategy):
+    """Has a schedule, which nobody runs."""
+
+    def record_step(self) -> None: ...
+
+    def recorded_step(self) -> None: ...
+
+
+def test_where_the_model_is_never_called_that_is_said() -> None:
+    with pytest.warns(UserWarning, match="StepTimeline has recorded nothing: no training step called the model"):
+        without_pipeline(StepTimeline(step=1), strategy=NeverRuns("cpu"))
 
 
 @pytest.mark.parametrize("arguments", [{"step": 0}, {"every_n_steps": 0}])

@@ -1,6 +1,7 @@
 """``lightning-dualpipe plan`` from the command line."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -71,9 +72,57 @@ def test_measured_times_are_taken_from_a_file(tmp_path: Path, capsys: pytest.Cap
 
 def test_what_has_no_fp8_is_planned_in_bf16(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(said("--preset small --gpus 8 --gpu a100 --json", capsys))["precision"] == "bf16"
-    assert json.loads(
-        said("--preset tiny --gpus 4 --gpu cpu --batch-sequences 16 --sequence-length 256 --json", capsys)
-    )
+
+
+USUAL = {
+    "--gpus 4 --gpu cpu": ("tiny", 8, 256),
+    "--gpus 8 --preset tiny": ("tiny", 8, 256),
+    "--gpus 8 --preset small": ("small", 128, 1024),
+    "--gpus 64 --preset 16b --schedule 1f1b": ("16b", 4608, 4096),
+    "--gpus 2048 --pipeline 16 --expert 64 --schedule 1f1b": ("671b", 15360, 4096),
+    "--gpus 64 --preset 16b --schedule 1f1b --batch-sequences 64": ("16b", 64, 4096),
+    "--gpus 4 --gpu cpu --sequence-length 128": ("tiny", 8, 128),
+}
+
+
+@pytest.mark.parametrize("args", USUAL)
+def test_a_model_is_planned_with_the_batch_it_is_usually_trained_on(
+    args: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = json.loads(said(f"{args} --top 1 --json", capsys))
+    assert (content["model"], content["batch_sequences"], content["sequence_length"]) == USUAL[args]
+
+
+def test_a_config_json_is_no_longer_than_its_positions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config_to_hf(DeepSeekV3Config.from_preset("tiny", max_position_embeddings=512))))
+    content = json.loads(said(f"--config {path} --gpus 8 --top 1 --json", capsys))
+    assert (content["batch_sequences"], content["sequence_length"]) == (15360, 512)
+
+
+NOTHING_FITS = {
+    "--preset 671b --gpus 8 --gpu cpu --pipeline 8 --schedule 1f1b,zb1p --json": (
+        r"cpu has 12 GB, and the smallest of \d+ layouts \(1f1b pipeline 8 expert 1 microbatch 1\) needs [\d.]+; "
+        r"give more --gpus or a shorter --sequence-length, or let the planner choose --pipeline"
+    ),
+    "--preset 671b --gpus 64 --schedule 1f1b --no-recompute": (
+        r"h800 has 80 GB, and the smallest of \d+ layouts .* needs [\d.]+; give more --gpus or a shorter "
+        r"--sequence-length, or leave out --no-recompute"
+    ),
+}
+
+
+@pytest.mark.parametrize("args", NOTHING_FITS)
+def test_where_nothing_fits_the_command_fails_and_says_so_in_a_line(
+    args: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *args.split()]) == 1
+    told = capsys.readouterr()
+    assert re.fullmatch(f"lightning-dualpipe: error: nothing fits: {NOTHING_FITS[args]}\n", told.err)
+    if "--json" in args:
+        assert json.loads(told.out)["fitting"] == []
+    else:
+        assert "\n0 of " in told.out
 
 
 REFUSED = {

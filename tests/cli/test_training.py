@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from lightning_dualpipe.cli import main
+from lightning_dualpipe.cli.typos import what_was_meant
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 CONFIG = {
@@ -139,6 +140,42 @@ def test_what_cannot_run_is_explained_without_a_traceback(
     assert REFUSED[args] in said
     assert "Traceback" not in said
     assert "Given value: Namespace" not in said
+
+
+STEPS = "lightning_dualpipe.callbacks.StepTimeline"
+MISSPELT = {  # in a file -> the last line
+    "model: {init_args: {overrides: {num_hiden_layers: 8}}}": "'num_hiden_layers' is none of the keys of overrides; "
+    "did you mean 'num_hidden_layers'?",
+    "trainer: {strategy: {class_path: lightning_dualpipe.DualPipeStrategy, init_args: {schedul: zb1p}}}": "'schedul' "
+    "is none of the arguments of lightning_dualpipe.DualPipeStrategy; did you mean 'schedule'?",
+    "model: {init_args: {learning_rte: 1.0e-3}}": "'learning_rte' is none of the arguments of "
+    "lightning_dualpipe.DeepSeekV3; did you mean 'learning_rate'?",
+    f"trainer: {{callbacks: [{{class_path: {STEPS}, init_args: {{when: 3}}}}]}}": "'when' is none of the arguments of "
+    f"{STEPS}, which are step, every_n_steps",
+    "model: {class_path: lightning_dualpipe.DeepSekV3}": "'DeepSekV3' is none of the names in lightning_dualpipe; "
+    "did you mean 'DeepSeekV3'?",
+    "model: {class_path: lightning_dualpipe.DeepSeekV3, init_arg: {seed: 1}}": "'init_arg' is none of the keys beside "
+    "class_path: lightning_dualpipe.DeepSeekV3; did you mean 'init_args'?",
+    "trainer: {acelerator: cpu}": "'trainer.acelerator' is none of the options; did you mean 'trainer.accelerator'?",
+    "modle: {class_path: lightning_dualpipe.DeepSeekV3}": "'modle' is none of the options; did you mean 'model'?",
+}
+
+
+@pytest.mark.parametrize("text", MISSPELT)
+def test_the_last_line_says_what_was_misspelt_and_what_was_meant(
+    text: str, config: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    Path("typo.yaml").write_text(text)
+    assert run("fit", config, "--config", "typo.yaml") == 2
+    *before, last = capfd.readouterr().err.rstrip("\n").split("\n")
+    assert last == MISSPELT[text]
+    assert any(line.startswith("error: ") for line in before)  # whatever else the parser has to say
+
+
+def test_a_message_of_another_kind_is_left_alone() -> None:
+    for message in ("Parser key 'model': something else", "Option 'x' is not accepted before subcommand 'fit'"):
+        assert what_was_meant(message, ["config"]) is None
+    assert what_was_meant("module 'not_there' has no attribute 'x'") is None
 
 
 def test_an_error_that_nobody_foresaw_keeps_its_traceback(config: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,9 @@ from lightning_dualpipe.deepseek_v3.convert import (
     read_token_ids,
     save_pretrained,
 )
+from lightning_dualpipe.deepseek_v3.hf_fp8 import dequantise
 from lightning_dualpipe.deepseek_v3.hf_names import Part, copies, parts_of, shapes_by_key
-from lightning_dualpipe.deepseek_v3.hf_reader import dequantise, load_weights
+from lightning_dualpipe.deepseek_v3.hf_reader import load_weights
 from lightning_dualpipe.deepseek_v3.hf_writer import save_weights
 from lightning_dualpipe.deepseek_v3.model import Transformer
 from lightning_dualpipe.errors import ConfigurationError

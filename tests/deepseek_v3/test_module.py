@@ -163,6 +163,7 @@ def export(rank: int, layout: str, folder: Path) -> tuple[list[str], str]:
     run.fit(model, data(folder, batch_size=2))
     model.save_pretrained(folder / "model", dtype="float32", max_shard_size=20_000)
     files = sorted(path.name for path in (folder / "model").iterdir())
+    model.save_pretrained(folder / "fp8", dtype="float8_block", max_shard_size=20_000)
     try:
         model.save_pretrained(folder / "model")
     except ConfigurationError as error:
@@ -179,3 +180,15 @@ def test_all_ranks_export_one_model_and_return_when_it_is_there(layout: str, tmp
     again = DeepSeekV3.from_pretrained(tmp_path / "model")
     assert again(torch.zeros(1, 4, dtype=torch.int64)).isfinite().all()
     assert written(tmp_path / "model") == BYTES
+    again.save_pretrained(tmp_path / "one_process", dtype="float8_block")
+    in_fp8, expected = stored(tmp_path / "fp8"), stored(tmp_path / "one_process")
+    assert in_fp8.keys() == expected.keys() and any(key.endswith("_scale_inv") for key in in_fp8)
+    assert all(torch.equal(in_fp8[key].float(), tensor.float()) for key, tensor in expected.items())
+    DeepSeekV3.from_pretrained(tmp_path / "fp8").save_pretrained(tmp_path / "round", dtype="float8_block")
+    assert all(torch.equal(tensor.float(), expected[key].float()) for key, tensor in stored(tmp_path / "round").items())
+
+
+def stored(directory: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return {key: tensor for path in directory.glob("*.safetensors") for key, tensor in load_file(path).items()}

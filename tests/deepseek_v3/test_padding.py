@@ -1,14 +1,17 @@
 """Sequences filled up on the right compute what they compute alone; any other mask is refused."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
 
+from lightning_dualpipe.deepseek_v3 import padding
 from lightning_dualpipe.deepseek_v3.hf_config import config_from_hf
 from lightning_dualpipe.deepseek_v3.model import Transformer
 from lightning_dualpipe.errors import ConfigurationError
 from tests.deepseek_v3.small import random_batch, random_model, small_config
-from tests.marks import needs
+from tests.marks import needs, needs_cuda
 
 LENGTHS = [5, 1, 9, 0]
 
@@ -85,3 +88,95 @@ def test_any_other_mask_is_refused(case: str) -> None:
     batch = {**random_batch(small_config(), 2, 4), "attention_mask": mask}
     with pytest.raises(ConfigurationError, match=f"attention_mask {message} is not supported: .*padding_side='right'"):
         Transformer(small_config())(batch)
+
+
+class Slow:
+    """The answer of a GPU that has other things to do."""
+
+    arrived = False
+
+    def __init__(self, mask: Tensor) -> None:
+        self.found = padding._broken(mask)
+
+    def is_there(self) -> bool:
+        return self.arrived
+
+    def read(self) -> Tensor:
+        return self.found
+
+
+LATE = "attention_mask with tokens after padding in a batch before .* is not supported"
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> type[Slow]:
+    monkeypatch.setattr(padding, "_Answer", Slow)
+    monkeypatch.setattr(Slow, "arrived", False)
+    monkeypatch.setattr(padding, "_answers_later", lambda mask: True)
+    return Slow
+
+
+def on_a_gpu(mask: Tensor) -> dict[str, Tensor]:
+    """As far as a CPU can tell: the device of a tensor without memory is not the CPU."""
+
+    class Elsewhere(torch.Tensor):
+        device = torch.device("cuda", 0)
+
+    return {"input_ids": torch.zeros_like(mask), "attention_mask": mask.as_subclass(Elsewhere)}
+
+
+LEFT, RIGHT = torch.tensor([[0, 1, 1]]), torch.tensor([[1, 1, 0]])
+
+
+def test_a_gpu_is_not_waited_for_and_its_answer_is_read_at_a_later_batch(slow: type[Slow]) -> None:
+    check = padding.PaddingCheck()
+    check(on_a_gpu(LEFT))
+    check(on_a_gpu(RIGHT))
+    slow.arrived = True
+    with pytest.raises(ConfigurationError, match=LATE):
+        check(on_a_gpu(RIGHT))
+    check(on_a_gpu(RIGHT))  # it has been told
+
+
+def test_in_the_end_the_last_answers_are_waited_for(slow: type[Slow]) -> None:
+    check = padding.PaddingCheck()
+    check(on_a_gpu(RIGHT))
+    check(on_a_gpu(LEFT))
+    check.collect()
+    with pytest.raises(ConfigurationError, match=LATE):
+        check.collect(wait=True)
+
+
+def test_a_shape_is_wrong_at_once_wherever_the_mask_is(slow: type[Slow]) -> None:
+    with pytest.raises(ConfigurationError, match=r"of shape \[1, 3\] for input_ids \[1, 2\]"):
+        padding.PaddingCheck()({**on_a_gpu(LEFT), "input_ids": torch.zeros(1, 2)})
+
+
+def test_a_copy_of_a_model_waits_for_no_answers_of_the_original(slow: type[Slow]) -> None:
+    check = padding.PaddingCheck()
+    check(on_a_gpu(LEFT))
+    copy.deepcopy(check).collect(wait=True)
+
+
+@needs_cuda
+def test_padding_on_the_left_is_noticed_on_a_gpu() -> None:
+    model = random_model(small_config()).float().cuda()
+    batch = {name: value.cuda() for name, value in random_batch(model.config, 2, 3).items()}
+    model({**batch, "attention_mask": torch.cat([RIGHT, RIGHT]).cuda()})
+    model({**batch, "attention_mask": torch.cat([RIGHT, LEFT]).cuda()})
+    with pytest.raises(ConfigurationError, match=LATE):
+        model.padding.collect(wait=True)
+
+
+@needs_cuda
+def test_nothing_waits_for_the_gpu() -> None:
+    check = padding.PaddingCheck()
+    right, left = ({"input_ids": mask.cuda(), "attention_mask": mask.cuda()} for mask in (RIGHT, LEFT))
+    check(right)
+    check.collect(wait=True)  # kernels and host memory are there: the first of each makes the host wait
+    torch.cuda._sleep(2_000_000_000)  # about a second
+    check(left)
+    assert not torch.cuda.current_stream().query()
+    check.collect()
+    with pytest.raises(ConfigurationError, match=LATE):
+        check.collect(wait=True)

@@ -180,6 +180,30 @@ def test_a_main_weight_follows_what_is_written_to_its_parameter():
     assert sharded.shards["weight"].stepped.tolist() == pytest.approx([1 - 3e-4, 5 - 2e-4], abs=1e-6)
 
 
+def _writes_on_rank(rank, make, dtype):
+    """Of each parameter, whether a step that changed it has also moved the counter of writes to it."""
+    named = build([name for name, holders in HOLDERS.items() if rank in holders], dtype)
+    keep_main_gradients(named.values())
+    replicas = ReplicaGroups({name: HOLDERS[name] for name in named}, rank=rank)
+    optimizer = MAKE[make](list(named.values()))
+    ShardedOptimizer(optimizer, lambda: named, replicas)
+    give_gradients(named, 0)
+    before = {name: (parameter.detach().clone(), parameter._version) for name, parameter in named.items()}
+    optimizer.step()
+    return {
+        name: (not torch.equal(named[name], values), named[name]._version > version)
+        for name, (values, version) in before.items()
+    }
+
+
+@pytest.mark.parametrize("make", ["AdamW, fused", "Muon"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_is_a_write_to_every_parameter_whoever_owns_it(make, dtype):
+    """Whoever keeps something that was made of a weight, in FP8 for instance, knows by its version when it is stale."""
+    for seen in run_ranks(3, _writes_on_rank, make, dtype):
+        assert all(changed and counted for changed, counted in seen.values()), seen
+
+
 def test_an_optimizer_that_mixes_all_parameters_is_refused():
     weight = nn.Parameter(torch.ones(1))
     with pytest.raises(ConfigurationError, match="LBFGS multiplies the gradients of all parameters"):

@@ -130,7 +130,7 @@ def build_engine(
     stream = stream or CommunicationStream(device)
     placement = build_schedule(schedule, num_ranks, 1)
     layers = as_layers(model.layers())
-    parts = partition(layers, placement.num_stages)
+    parts = partition(layers, placement.placement)
     stages = {}
     for index in placement.stages_on(rank):
         mine = [layers[position] for position in parts[index]]

@@ -1,3 +1,4 @@
+import time
 from itertools import combinations, pairwise
 from random import Random
 
@@ -8,41 +9,83 @@ from torch import nn
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.interface import Layer, as_layers
 from lightning_dualpipe.pipeline.partition import Elsewhere, Whole, keep_only, materialize, partition, uncut
+from lightning_dualpipe.schedules import Placement
 
 
 def layers_of(costs, *, glued=()):
     return [Layer(str(index), (), (), cost, index in glued) for index, cost in enumerate(costs)]
 
 
-def dearest(layers, parts):
-    return max(sum(layers[index].cost for index in part) for part in parts)
+def costs_of(layers, parts):
+    return [sum(layers[index].cost for index in part) for part in parts]
 
 
-def cheapest_by_brute_force(layers, num_stages):
+def busiest(layers, parts, placement):
+    """What the rank with most to do has to do, with a microbatch on each of its stages."""
+    costs = costs_of(layers, parts)
+    return max(sum(costs[stage] for stage in placement.stages_on(rank)) for rank in range(placement.num_ranks))
+
+
+def all_cuts(layers, num_stages):
     """Every way to cut where cutting is allowed."""
     places = [index for index, layer in enumerate(layers) if index and not layer.with_previous]
-    bounds = ([0, *cuts, len(layers)] for cuts in combinations(places, num_stages - 1))
-    return min(dearest(layers, [range(start, stop) for start, stop in pairwise(each)]) for each in bounds)
+    for cuts in combinations(places, num_stages - 1):
+        yield [range(start, stop) for start, stop in pairwise([0, *cuts, len(layers)])]
+
+
+def random_layers(seed, most):
+    random = Random(seed)
+    costs = [random.choice([0, 1, random.random(), random.randint(1, 1000)]) for _ in range(random.randint(1, most))]
+    return layers_of(costs, glued=[index for index in range(len(costs)) if random.random() < 0.25])
+
+
+def placements(layers):
+    """All that have as many stages as there are places for, or fewer."""
+    most = 1 + sum(not layer.with_previous for layer in layers[1:])
+    yield from map(Placement.line, range(1, most + 1))
+    yield from map(Placement.bidirectional, range(2, most + 1, 2))
+    yield from map(Placement.v, range(1, most // 2 + 1))
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_no_other_cut_has_a_cheaper_dearest_stage(seed):
-    random = Random(seed)
-    costs = [random.choice([0, 1, random.random(), random.randint(1, 1000)]) for _ in range(random.randint(1, 9))]
-    layers = layers_of(costs, glued=[index for index in range(len(costs)) if random.random() < 0.25])
-    most = 1 + sum(not layer.with_previous for layer in layers[1:])
-    for num_stages in range(1, most + 1):
-        parts = partition(layers, num_stages)
+def test_no_other_cut_leaves_the_busiest_rank_less_to_do(seed):
+    layers = random_layers(seed, most=9)
+    for placement in placements(layers):
+        parts = partition(layers, placement)
 
         assert [index for part in parts for index in part] == list(range(len(layers)))  # all, in order, once
-        assert len(parts) == num_stages and all(parts)
+        assert len(parts) == placement.num_stages and all(parts)
         assert not any(layers[part.start].with_previous for part in parts[1:])
-        assert dearest(layers, parts) == pytest.approx(cheapest_by_brute_force(layers, num_stages))
+        least = min(busiest(layers, each, placement) for each in all_cuts(layers, placement.num_stages))
+        assert busiest(layers, parts, placement) == pytest.approx(least)
+
+
+def squares(layers, parts):
+    return sum(cost**2 for cost in costs_of(layers, parts))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_where_ranks_have_two_stages_no_cut_as_good_is_more_even(seed):
+    layers = random_layers(100 + seed, most=9)
+    for placement in filter(lambda each: each.is_mirrored, placements(layers)):
+        parts = partition(layers, placement)
+        limit = busiest(layers, parts, placement) * (1 + 1e-9)
+        cuts = all_cuts(layers, placement.num_stages)
+        least = min(squares(layers, each) for each in cuts if busiest(layers, each, placement) <= limit)
+        assert squares(layers, parts) == pytest.approx(least)
+
+
+def test_a_stage_and_its_mirror_image_are_balanced_together():
+    """A tail as dear as four layers: the rank that has it has less of the beginning."""
+    layers = layers_of([0, 1, 1, 1, 1, 1, 1, 4])
+    assert costs_of(layers, partition(layers, Placement.line(4))) == [2, 2, 2, 4]
+    for placement in (Placement.bidirectional(4), Placement.v(2)):
+        assert costs_of(layers, partition(layers, placement)) == [1, 2, 3, 4]
 
 
 def test_layers_that_belong_together_stay_together():
     layers = layers_of([1, 1, 1, 1, 5, 1], glued=[0, 1, 5])  # before the first there is nothing to cut
-    assert partition(layers, 4) == (range(2), range(2, 3), range(3, 4), range(4, 6))
+    assert partition(layers, Placement.line(4)) == (range(2), range(2, 3), range(3, 4), range(4, 6))
 
 
 @pytest.mark.parametrize(("glued", "places"), [((), 3), ((2,), 2), ((1, 2), 1)])
@@ -50,12 +93,21 @@ def test_more_stages_than_places_to_cut_is_an_error_that_counts_them(glued, plac
     with pytest.raises(
         ConfigurationError, match=rf"4 stages need at least 4 layers .* the model has {places} .* fewer"
     ):
-        partition(layers_of([1, 1, 1], glued=glued), 4)
+        partition(layers_of([1, 1, 1], glued=glued), Placement.line(4))
 
 
-def test_a_long_model_is_cut_at_once():
-    parts = partition(layers_of([1 + index % 7 for index in range(200)]), 64)
+@pytest.mark.parametrize("placement", [Placement.line(64), Placement.bidirectional(64)], ids=["one stage", "mirrored"])
+def test_a_long_model_is_cut_at_once(placement):
+    parts = partition(layers_of([1 + index % 7 for index in range(200)]), placement)
     assert len(parts) == 64
+
+
+def test_a_mirrored_cut_of_a_model_that_is_mostly_head_is_found_in_seconds():
+    begun = time.process_time()
+    layers = layers_of([1] * 80 + [60])
+    parts = partition(layers, Placement.bidirectional(16))
+    assert busiest(layers, parts, Placement.bidirectional(16)) == 61
+    assert time.process_time() - begun < 20  # half a second alone on a core of the development machine
 
 
 class Model(nn.Module):

@@ -9,6 +9,7 @@ from lightning_dualpipe.pipeline.partition import partition
 from lightning_dualpipe.planner.layout import Layout
 from lightning_dualpipe.planner.memory import near
 from lightning_dualpipe.planner.stages import cut
+from lightning_dualpipe.schedules import Placement
 from tests.planner.shapes import shape
 
 MODELS = [
@@ -38,7 +39,7 @@ def test_flops_are_those_of_the_model(preset, overrides):
 @pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev", "1f1b"])
 def test_parameters_of_all_stages_add_up_to_the_model(schedule):
     layout = Layout(2048, 16, 64, schedule, 1, 120)
-    stages = cut(shape(), layout.num_stages)
+    stages = cut(shape(), layout.num_stages, mirrored=layout.placement.is_mirrored)
     assert sum(layer.dense + layer.experts for stage in stages for layer in stage) == shape().parameters
     ranks = [near(layout, stages, rank) for rank in range(layout.pipeline)]
     total = sum(parameters.dense + 64 * parameters.experts for parameters in ranks)
@@ -47,13 +48,16 @@ def test_parameters_of_all_stages_add_up_to_the_model(schedule):
     assert total == layout.copies * shape().parameters + copied
 
 
+@pytest.mark.parametrize("place", [Placement.line, Placement.bidirectional], ids=["one stage", "mirrored"])
 @pytest.mark.parametrize(("preset", "num_stages"), [("tiny", 2), ("tiny", 6), ("16b", 8), ("671b", 16), ("671b", 32)])
-def test_the_cut_is_that_of_the_pipeline(preset, num_stages):
+def test_the_cut_is_that_of_the_pipeline(preset, num_stages, place):
     import torch
 
     with torch.device("meta"):
         layers = Transformer(DeepSeekV3Config.from_preset(preset)).layers()
-    there = [[layers[index].name for index in indices] for indices in partition(layers, num_stages)]
-    here = [[layer.name for layer in stage] for stage in cut(shape(preset), num_stages)]
+    placement = place(num_stages)
+    there = [[layers[index].name for index in indices] for indices in partition(layers, placement)]
+    stages = cut(shape(preset), num_stages, mirrored=placement.is_mirrored)
+    here = [[layer.name for layer in stage] for stage in stages]
     assert [len(stage) for stage in here] == [len(stage) for stage in there]
     assert [stage[0] for stage in here] == [stage[0] for stage in there]

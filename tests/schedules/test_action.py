@@ -58,6 +58,13 @@ def test_stages_and_replicas_by_hand(placement, stages, replicas):
     assert [placement.replicas_of(stage) for stage in range(placement.num_stages)] == replicas
 
 
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_ranks_of_a_dualpipe_and_of_a_v_have_two_stages_that_mirror_each_other(count):
+    assert not Placement.line(count).is_mirrored
+    assert Placement.v(count).is_mirrored
+    assert Placement.bidirectional(2 * count).is_mirrored
+
+
 def test_stages_of_a_rank_do_not_depend_on_the_microbatches():
     """One microbatch flows right only, but the ranks hold the stages of both directions."""
     schedule = build_schedule("dualpipe", 4, 1)

@@ -1,0 +1,1 @@
+"""Recipes are here."""

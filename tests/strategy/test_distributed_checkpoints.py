@@ -1,0 +1,262 @@
+"""A directory into which every rank wrote what it has: any layout goes on from it as if nothing had happened."""
+
+import errno
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_dualpipe import CheckpointError, DistributedCheckpointIO
+from lightning_dualpipe.checkpoint import writer
+from lightning_dualpipe.checkpoint.stored import open_stored, read_whole
+from lightning_dualpipe.errors import ConfigurationError
+from tests.ranks import run_ranks
+from tests.strategy.runs import Recorder, Run, build, train, write_corpus
+from tests.strategy.test_checkpoints import assert_equal
+
+SAVED_AT, THEN = 4, 10
+LAYOUTS: Mapping[str, tuple[int, Mapping[str, Any] | None]] = {
+    "auto": (1, None),
+    "dualpipe pp2 ep2": (4, {"pipeline_parallel_size": 2, "expert_parallel_size": 2}),
+    "dualpipev pp4": (4, {"schedule": "dualpipev", "pipeline_parallel_size": 4}),
+    "zb1p pp4": (4, {"schedule": "zb1p", "pipeline_parallel_size": 4}),
+    "dp2": (2, {"pipeline_parallel_size": 1}),
+}
+IN_BACKGROUND = ("dualpipev pp4", "dp2")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_corpus(tmp_path_factory.mktemp("distributed"))
+
+
+def run_under(layout: str, corpus: str) -> Run:
+    """Two batches to a step, a learning rate that changes with every step, moving router biases."""
+    world, strategy = LAYOUTS[layout]
+    overrides = {"tie_word_embeddings": True}
+    return Run(strategy, world, corpus=corpus, steps=SAVED_AT + THEN, accumulate=2, global_batch=4, overrides=overrides)
+
+
+def distributed(run: Run, how: bool | str = True) -> Run:
+    if run.strategy is None:
+        return run
+    return replace(run, strategy={**run.strategy, "save_distributed_checkpoint": how})
+
+
+def losses_of(trainer: Any) -> list[float]:
+    return next(callback for callback in trainer.callbacks if isinstance(callback, Recorder)).losses
+
+
+def save(rank: int, run: Run, folder: str, options: Mapping[str, Any]) -> list[float]:
+    checkpoint = ModelCheckpoint(folder, **{"filename": "{step}", "save_top_k": -1, **options})
+    run = replace(run, trainer={**run.trainer, "enable_checkpointing": True})
+    trainer, module, data = build(rank, run, callbacks=[checkpoint])
+    trainer.fit(module, data)
+    return losses_of(trainer)
+
+
+def resume(rank: int, run: Run, paths: list[str]) -> list[list[float]]:
+    """One fit after the other."""
+    found = []
+    plugins = {"plugins": [DistributedCheckpointIO()]} if run.strategy is None else {}
+    for path in paths:
+        trainer, module, data = build(rank, replace(run, trainer=plugins))
+        trainer.fit(module, data, ckpt_path=path)
+        found.append(losses_of(trainer))
+    return found
+
+
+@pytest.fixture(scope="module")
+def saved(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """In the middle of an epoch."""
+    found = {}
+    for layout in LAYOUTS:
+        run = replace(run_under(layout, corpus), steps=SAVED_AT)
+        run = distributed(run, "async" if layout in IN_BACKGROUND else True)
+        folder = tmp_path_factory.mktemp("saved")
+        run_ranks(run.world, save, run, str(folder), {"every_n_train_steps": SAVED_AT}, timeout=240)
+        found[layout] = folder / f"step={SAVED_AT}.ckpt"
+        assert [path.name for path in folder.iterdir()] == [found[layout].name]
+    return found
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus: str) -> list[float]:
+    return train(0, run_under("auto", corpus)).losses
+
+
+@pytest.mark.parametrize("resumed", LAYOUTS)
+def test_a_run_goes_on_under_any_layout(
+    resumed: str, corpus: str, saved: dict[str, Path], uninterrupted: list[float]
+) -> None:
+    run = run_under(resumed, corpus)
+    paths = [str(path) for path in saved.values()]
+    rest = uninterrupted[2 * SAVED_AT :]
+    for rank, found in enumerate(run_ranks(run.world, resume, run, paths, timeout=240)):
+        for written, losses in zip(saved, found, strict=True):
+            assert losses == pytest.approx(rest, abs=1e-9), f"written under {written}, rank {rank}"
+
+
+def test_a_directory_holds_what_auto_writes(saved: dict[str, Path]) -> None:
+    theirs = torch.load(saved["auto"], weights_only=True)
+    for layout, path in saved.items():
+        if layout != "auto":
+            assert path.is_dir()
+            ours = read_whole(path)
+            assert list(ours["state_dict"]) == list(theirs["state_dict"])
+            for key in ("state_dict", "optimizer_states", "lr_schedulers", "loops", "TextDataModule", "tokens_seen"):
+                assert_equal(ours[key], theirs[key])
+
+
+def test_every_tensor_is_written_once_and_by_those_who_have_it(saved: dict[str, Path]) -> None:
+    """Optimizer states are shared out evenly, so files are: one rank has no more than its share and its weights."""
+    for layout in ("dualpipe pp2 ep2", "dualpipev pp4", "zb1p pp4", "dp2"):
+        stored = open_stored(saved[layout])
+        elements = sum(t.numel() for t in torch.load(saved["auto"])["state_dict"].values())
+        by_file: dict[str, int] = {}
+        for key, entry in stored.index.entries.items():
+            for block in entry.blocks:
+                if key.section != "state_dict":
+                    by_file[block.file] = by_file.get(block.file, 0) + block.stop - block.start
+        assert len(by_file) == LAYOUTS[layout][0]
+        assert sum(by_file.values()) <= 2 * elements, "two moments of an element, once each"
+
+
+BF16 = Run({"pipeline_parallel_size": 2}, world=2, steps=8, precision="bf16-true")
+
+
+def in_bf16(rank: int, run: Run, folder: str) -> list[list[float]]:
+    losses = save(rank, distributed(run), folder, {"every_n_train_steps": 4})[4:]
+    return [losses, *resume(rank, run, [f"{folder}/step=4.ckpt"])]
+
+
+def test_in_bfloat16_the_float32_weights_are_there_bit_for_bit(corpus: str, tmp_path: Path) -> None:
+    for uninterrupted, resumed in run_ranks(2, in_bf16, replace(BF16, corpus=corpus), str(tmp_path), timeout=240):
+        assert resumed == uninterrupted
+    found = read_whole(tmp_path / "step=4.ckpt")
+    for name, weight in found["main_weights"].items():
+        assert weight.dtype == torch.float32 and torch.equal(weight.bfloat16(), found["state_dict"][name])
+
+
+# ---- retention ---------------------------------------------------------------------------------
+
+PP2 = Run({"schedule": "1f1b", "pipeline_parallel_size": 2}, world=2, steps=6)
+
+
+@pytest.mark.parametrize("how", [True, "async"])
+def test_model_checkpoint_keeps_what_it_is_told_to(how: bool | str, corpus: str, tmp_path: Path) -> None:
+    run = distributed(replace(PP2, corpus=corpus), how)
+    options = {"every_n_train_steps": 2, "save_top_k": 1, "save_last": "link"}
+    run_ranks(2, save, run, str(tmp_path), options, timeout=240)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "step=6.ckpt"]
+    assert (tmp_path / "last.ckpt").is_symlink()
+    assert read_whole(tmp_path / "last.ckpt")["global_step"] == 6
+
+
+def test_a_name_that_is_saved_again_is_replaced(corpus: str, tmp_path: Path) -> None:
+    run = distributed(replace(PP2, corpus=corpus), "async")
+    options = {"every_n_train_steps": 2, "filename": "same", "enable_version_counter": False}
+    run_ranks(2, save, run, str(tmp_path), options, timeout=240)
+    assert [path.name for path in tmp_path.iterdir()] == ["same.ckpt"]
+    assert read_whole(tmp_path / "same.ckpt")["global_step"] == 6
+
+
+# ---- what can go wrong -------------------------------------------------------------------------
+
+
+def save_on_a_full_disk(rank: int, run: Run, folder: str, options: Mapping[str, Any]) -> str:
+    """Full from the second checkpoint on, for rank 1 only."""
+    original, calls = writer._write_file, []
+
+    def write_file(path: Path, *rest: Any) -> Any:
+        calls.append(path)
+        if rank == 1 and len(calls) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return original(path, *rest)
+
+    writer._write_file = write_file
+    try:
+        save(rank, run, folder, options)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        writer._write_file = original
+    return "nothing was said"
+
+
+@pytest.mark.parametrize("how", [True, "async"])
+def test_a_full_disk_is_told_by_all_ranks_and_nothing_is_lost(how: bool | str, corpus: str, tmp_path: Path) -> None:
+    run = distributed(replace(PP2, corpus=corpus), how)
+    options = {"every_n_train_steps": 2, "save_top_k": 1}
+    for said in run_ranks(2, save_on_a_full_disk, run, str(tmp_path), options, timeout=240):
+        assert "step=4.ckpt cannot be written: [Errno 28] No space left on device" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["step=2.ckpt"], "kept although save_top_k=1"
+    assert read_whole(tmp_path / "step=2.ckpt")["global_step"] == 2
+
+
+class Odd:
+    """No plain value."""
+
+
+def refused(rank: int, run: Run, path: str, keep: bool) -> str:
+    trainer, module, data = build(rank, replace(run, steps=1))
+    if keep:
+        module.hparams["odd"] = Odd()
+    trainer.fit(module, data)
+    try:
+        trainer.save_checkpoint(path)
+    except (CheckpointError, ConfigurationError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "saved"
+
+
+@pytest.mark.parametrize(
+    ("path", "keep", "words"),
+    [
+        ("/proc/a.ckpt", False, "CheckpointError: /proc/a.ckpt cannot be written: [Errno "),
+        ("s3://bucket/a.ckpt", False, "ConfigurationError: s3://bucket/a.ckpt is no path in a file system"),
+        ("a.ckpt", True, "ConfigurationError: the checkpoint could be written, but not read again"),
+    ],
+)
+def test_what_cannot_be_saved_is_told_by_all_ranks(path: str, keep: bool, words: str, corpus: str) -> None:
+    for said in run_ranks(2, refused, distributed(replace(PP2, corpus=corpus)), path, keep, timeout=240):
+        assert said.startswith(words)
+        assert not keep or "hyper_parameters" in said
+
+
+def resume_refused(rank: int, run: Run, path: str) -> str:
+    try:
+        resume(rank, run, [path])
+    except (CheckpointError, ConfigurationError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "resumed"
+
+
+@pytest.mark.parametrize("what", ["another model", "a flipped bit", "a missing shard", "no checkpoint"])
+def test_what_cannot_be_resumed_from_is_told_by_all_ranks(
+    what: str, corpus: str, saved: dict[str, Path], tmp_path: Path
+) -> None:
+    import shutil
+
+    path = tmp_path / "bad.ckpt"
+    shutil.copytree(saved["dualpipe pp2 ep2"], path)
+    run = run_under("dp2", corpus)
+    expected = "CheckpointError: " + str(path)
+    if what == "another model":
+        run = replace(run, overrides={**run.overrides, "hidden_size": 48})
+        expected = "ConfigurationError: the checkpoint belongs to another model"
+    elif what == "a flipped bit":
+        content = bytearray((path / "rank-00001.safetensors").read_bytes())
+        content[-1] ^= 1
+        (path / "rank-00001.safetensors").write_bytes(content)
+    elif what == "a missing shard":
+        (path / "rank-00002.safetensors").unlink()
+    else:
+        (path / "manifest.json").unlink()
+    for said in run_ranks(2, resume_refused, run, str(path), timeout=240):
+        assert said.startswith(expected)
