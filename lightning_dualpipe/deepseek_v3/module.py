@@ -58,9 +58,8 @@ class DeepSeekV3(Generates, LightningModule):
         mtp_loss_weights: weight of multi-token prediction from a number of tokens on, for instance
             ``{0: 0.3, 10000000000000: 0.1}``. Default: the configuration's, throughout.
         recompute: what backward computes again to save memory. ``selective``: what the report does, norms,
-            up-projections of attention and SwiGLU; ``selective_fp8``: the same, and what enters the SwiGLUs of
-            experts is kept in FP8, as in the report, which changes gradients; ``full``: everything but what was
-            exchanged between ranks.
+            up-projections of attention and SwiGLU; ``selective_fp8``: and keeps inputs of experts' SwiGLUs in FP8,
+            as the report, which changes gradients; ``full``: everything but what was exchanged between ranks.
         seed: of the initial weights, which depend on it and on parameter names only. Default: the seed of
             ``seed_everything``, or 0.
         token_ids: ``bos_token_id``, ``eos_token_id`` and ``pad_token_id`` for ``save_pretrained``. What the data that
