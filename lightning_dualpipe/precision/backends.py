@@ -67,21 +67,21 @@ def choose_backend(
         refused = _why_not(wanted, recipe, device, dtype)
         if refused is None:
             return BackendChoice(wanted, recipe, ("as asked for",))
-        kind = MissingPackageError if _is_missing(wanted, device) else ConfigurationError
+        kind = MissingPackageError if _is_missing(wanted, recipe, device) else ConfigurationError
         raise kind(f"backend={wanted!r} cannot run: {refused}")
-    if device.type == "cuda" and (lacking := _what_the_gpu_lacks(recipe, device)) is not None:
-        return BackendChoice(None, recipe, (lacking,))
     if device.type != "cuda" or dtype == torch.float64:
         if (refused := _why_not("emulate", recipe, device, dtype)) is not None:
             raise ConfigurationError(f"recipe {recipe.name!r} cannot run on {device.type}: {refused}")
         where = "in float64" if dtype == torch.float64 else f"on {device.type}"
         return BackendChoice("emulate", recipe, (f"no kernels multiply FP8 {where}",))
+    if (lacking := _what_the_gpu_lacks(recipe, device)) is not None:
+        return BackendChoice(None, recipe, (lacking,))
     against = {name: _why_not(name, recipe, device, dtype) for name in ("te", "torch")}
     for name, reason in against.items():
         if reason is None:
             return BackendChoice(name, recipe, ("it can be used here",))
     raise ConfigurationError.of(
-        f"recipe {recipe.name!r} cannot run, although this GPU has the kernels; backend='emulate' can, slowly",
+        f"recipe {recipe.name!r} cannot run, though this GPU could; backend='emulate' can, slower than without FP8",
         [f"{name}: {reason}" for name, reason in against.items()],
     )
 
@@ -119,8 +119,10 @@ def _what_the_gpu_lacks(recipe: Recipe, device: torch.device) -> str | None:
     return f"recipe {recipe.name!r} needs {first} or newer, and this is {name}; use {instead}recipe='bf16'"
 
 
-def _is_missing(name: str, device: torch.device) -> bool:
-    return name == "te" and device.type == "cuda" and find_spec("transformer_engine") is None
+def _is_missing(name: str, recipe: Recipe, device: torch.device) -> bool:
+    """Whether it would run here, if it were installed."""
+    fits = name == "te" and device.type == "cuda" and _what_the_gpu_lacks(recipe, device) is None
+    return fits and find_spec("transformer_engine") is None
 
 
 def _module(name: str) -> object:

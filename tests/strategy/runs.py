@@ -15,7 +15,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_dualpipe import DeepSeekV3, DualPipeStrategy, TextDataModule
+from lightning_dualpipe import DeepSeekV3, DualPipeStrategy, FP8Precision, TextDataModule
 from lightning_dualpipe.deepseek_v3.recompute import Recompute
 from lightning_dualpipe.interface import ReplicaAware
 from lightning_dualpipe.pipeline.overlap import ORDERS
@@ -70,6 +70,8 @@ class Run:
     routing: str = "even"  # that of fresh biases; or one of ROUTING
     trainer: Mapping[str, Any] = field(default_factory=dict)
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    learning_rate: float = 1e-2
+    fp8: Mapping[str, Any] | None = None  # FP8Precision's arguments; ``precision`` is that of its weights then
 
     @property
     def batch_size(self) -> int:
@@ -145,7 +147,8 @@ def build(
         devices=run.world // run.nodes,
         num_nodes=run.nodes,
         strategy="auto" if run.strategy is None else DualPipeStrategy(**run.strategy),
-        precision=run.precision,  # type: ignore[arg-type]
+        precision=run.precision if run.fp8 is None else None,  # type: ignore[arg-type]
+        plugins=None if run.fp8 is None else [FP8Precision(**{"weights": run.precision, **run.fp8})],
         max_steps=run.steps,
         accumulate_grad_batches=run.accumulate,
         gradient_clip_val=run.clip,
@@ -167,7 +170,8 @@ QUIET: Mapping[str, Any] = {
 def build_module(run: Run) -> L.LightningModule:
     if run.model == "deepseek_v3":
         overrides = {**SHAPE, **run.overrides}
-        return DeepSeekV3("tiny", overrides, learning_rate=1e-2, warmup_steps=5, recompute=run.recompute)  # type: ignore[arg-type]
+        settings: Any = {"learning_rate": run.learning_rate, "warmup_steps": 5, "recompute": run.recompute}
+        return DeepSeekV3("tiny", overrides, **settings)  # type: ignore[arg-type]
     from examples.your_own_model import LanguageModel
 
     return LanguageModel(width=32, depth=6, heads=2)

@@ -13,12 +13,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.plugins import MixedPrecision, Precision, TransformerEnginePrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from examples.your_own_model import GPT
-from lightning_dualpipe import Batch, DeepSeekV3, DualPipeStrategy, TensorSpec, TextDataModule
+from lightning_dualpipe import Batch, DeepSeekV3, DualPipeStrategy, FP8Precision, TensorSpec, TextDataModule
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.parallel.layout import ParallelLayout
 from lightning_dualpipe.strategy.assembly import check_experts
@@ -111,6 +111,49 @@ TRAINERS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any], str]] = {  # 
         "use precision='bf16-mixed' or 'bf16-true'",
     ),
 }
+
+
+FP8: Mapping[str, tuple[Mapping[str, Any], Precision, str]] = {
+    "delayed scales in a pipeline": (
+        {"schedule": "1f1b"},
+        FP8Precision("delayed"),
+        "strategy '1f1b' cannot run:\n  - recipe='delayed' scales by the largest values of earlier microbatches, which "
+        "the 2 stages of this pipeline see in different orders, so that results would depend on the layout; use "
+        "recipe='block', or 'current', whose scales come from the tensors themselves",
+    ),
+    "delayed scales in a V of two stages on each rank": (
+        {"pipeline_parallel_size": 1, "expert_parallel_size": 2},
+        FP8Precision({"name": "delayed", "history": 16}),
+        "strategy 'dualpipe' cannot run:\n  - recipe='delayed' scales by the largest values of earlier microbatches, "
+        "which the 2 stages",
+    ),
+    "delayed scales without Transformer Engine": (
+        {"pipeline_parallel_size": 1},
+        FP8Precision("delayed"),
+        "recipe 'delayed' cannot run on cpu: recipe 'delayed' is not emulated, its scales come from earlier steps",
+    ),
+    "kernels without a GPU": (
+        {},
+        FP8Precision(backend="te"),
+        "backend='te' cannot run: Transformer Engine needs CUDA devices, and this run computes on cpu; use "
+        "backend='emulate'",
+    ),
+    "Lightning's own FP8": (
+        {},
+        TransformerEnginePrecision.__new__(TransformerEnginePrecision),
+        "strategy 'dualpipe' cannot run:\n  - precision='transformer-engine' is Lightning's own, which scales by the "
+        "largest values of earlier steps; ranks that hold different layers cannot agree on those. Leave precision out, "
+        "and give the Trainer plugins=[lightning_dualpipe.FP8Precision()]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FP8)
+def test_the_trainer_refuses_fp8_that_cannot_be_before_any_process_is_started(case):
+    strategy, plugin, message = FP8[case]
+    with pytest.raises(ConfigurationError) as refused:
+        L.Trainer(strategy=DualPipeStrategy(**strategy), accelerator="cpu", devices=2, plugins=[plugin], **QUIET)
+    assert str(refused.value).startswith(message)
 
 
 @pytest.mark.parametrize("case", TRAINERS)
@@ -216,6 +259,34 @@ def test_fit_refuses_a_model_before_it_starts_processes(case, monkeypatch):
     trainer = L.Trainer(strategy=DualPipeStrategy(**strategy), accelerator="cpu", devices=6, **QUIET)
     with pytest.raises(ConfigurationError, match=message):
         trainer.fit(make(), loader())
+
+
+LAYERS: Mapping[str, tuple[Callable[[], L.LightningModule], Mapping[str, Any], str]] = {
+    "sizes that kernels do not take": (
+        lambda: Plain(gpt()),
+        {},
+        r"Plain cannot be trained in FP8:\n  - no layer is left .*sizes that are no multiples of 16: \d+; taken for",
+    ),
+    "sizes that were asked for": (
+        lambda: DeepSeekV3("tiny", {**SHAPE, "kv_lora_rank": 24}),
+        {"include": ["*.kv_b_proj"]},
+        r"model.blocks.0.self_attn.kv_b_proj is included, but its weight is 32 x 24: kernels take multiples of 16; exc",
+    ),
+    "a name that fits no layer": (
+        lambda: DeepSeekV3("tiny", SHAPE),
+        {"exclude": ["model.blocks.9.*"]},
+        r"exclude='model.blocks.9.\*' fits none of its \d+ layers that multiply; did you mean 'model.blocks",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_fit_refuses_layers_that_cannot_multiply_in_fp8_before_it_starts_processes(case, monkeypatch):
+    make, options, message = LAYERS[case]
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a process is started"))
+    strategy = DualPipeStrategy(pipeline_parallel_size=2)
+    with pytest.raises(ConfigurationError, match=message):
+        trainer(strategy, devices=2, plugins=[FP8Precision(**options)]).fit(make(), loader())
 
 
 AVERAGES = {
