@@ -200,6 +200,17 @@ def test_weight_gradients_wait_and_come_in_any_order():
     assert torch.equal(weight.grad, expected.grad)
 
 
+def test_a_weight_gradient_may_wait_while_others_do_not():
+    weight, expected, queue = parameter(32, 48), parameter(32, 48), queue_that(True)
+    matmul = TEBackend(Block()).linear()
+    for queue.deferring in (True, False):
+        matmul(normal(16, 48), weight, None, queue).sum().backward()
+        EmulateBackend(Block()).linear()(normal(16, 48), expected, None, None).sum().backward()
+    assert len(queue) == 1
+    queue.run(1)
+    assert torch.equal(weight.grad, expected.grad)
+
+
 def test_a_forgotten_weight_gradient_is_never_taken_for_another():
     """A training step that fails leaves some behind."""
     weight, queue = parameter(32, 48), queue_that(True)
@@ -219,6 +230,14 @@ def test_a_gradient_that_is_replaced_under_a_waiting_one_is_an_error():
     weight.grad = None
     with pytest.raises(AssertionError, match="was replaced"):
         queue.run(1)
+
+
+def test_without_a_queue_autograd_is_given_the_gradient():
+    """And with it whatever hangs on autograd: DDP's reducer, for instance, which no parameter shows."""
+    weight, expected = parameter(32, 48), parameter(32, 48)
+    (gradient,) = torch.autograd.grad(TEBackend(Block()).linear()(normal(16, 48), weight, None, None).sum(), weight)
+    EmulateBackend(Block()).linear()(normal(16, 48), expected, None, None).sum().backward()
+    assert weight.grad is None and torch.equal(gradient, expected.grad)
 
 
 @pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
@@ -347,6 +366,14 @@ def test_the_first_layer_then_an_inner_one():
     assert x.grad is not None
 
 
+def test_an_evaluation_in_inference_mode_leaves_nothing_for_a_training_step():
+    weight, matmul = parameter(32, 48), TEBackend(Block()).linear()
+    for _ in range(2):
+        with torch.inference_mode():
+            matmul(normal(16, 48), weight, None, None)
+        matmul(normal(16, 48), weight, None, None).sum().backward()  # its input needs no gradient, as in evaluation
+
+
 @pytest.mark.parametrize("deferring", [None, True], ids=["no queue", "deferred"])
 def test_nothing_outlives_its_step(deferring):
     """A graph that somebody still holds, a loss for instance, does not hold gradients."""
@@ -364,16 +391,21 @@ def test_nothing_outlives_its_step(deferring):
 
 
 def test_graphs_that_are_dropped_are_freed():
+    """At once, without a collection: neither the input nor what was lent is part of a cycle."""
     weight, matmul = parameter(32, 48), TEBackend(Block()).linear()
     x = normal(16, 48).requires_grad_()
-    seen = weakref.ref(x)
-    for backward in (False, True):
-        y = matmul(x, weight, None, None)
-        if backward:
-            y.sum().backward()
-        del y
-    del x
-    assert seen() is None  # at once: no cycle
+    seen = weakref.ref(x), weakref.ref(weight)
+    gc.disable()
+    try:
+        for backward in (False, True):
+            y = matmul(x, weight, None, None)
+            if backward:
+                y.sum().backward()
+            del y
+        del x, weight
+        assert [each() for each in seen] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_autocast_and_delayed_scaling():
