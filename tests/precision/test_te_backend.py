@@ -8,12 +8,15 @@ import gc
 import pickle
 import re
 import sys
+import types
 import weakref
+from importlib import import_module
 from unittest import mock
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from lightning_dualpipe.errors import ConfigurationError, MissingPackageError
@@ -26,6 +29,7 @@ from lightning_dualpipe.precision.main_gradients import keep_main_gradients
 from lightning_dualpipe.precision.recipe import BF16, MXFP8, Block, Current, Delayed
 from lightning_dualpipe.precision.te_backend import TEBackend, why_not_te
 from tests.precision.fake_te import fake_te
+from tests.ranks import run_ranks
 
 RECIPES = [Block(), Block("float32"), Current(), Current("e4m3"), MXFP8()]
 COUNTS = [32, 0, 64, 32]
@@ -287,6 +291,27 @@ def test_a_forward_that_runs_again_in_its_backward(deferring, use_reentrant):
     assert_same([found, ours.grad], [x.grad, theirs.grad])
 
 
+def ddp_gradients(rank):
+    """Averaged over two ranks, which see different rows."""
+    torch.manual_seed(0)
+    model, alone = nn.Linear(48, 32), nn.Linear(48, 32)
+    alone.load_state_dict(model.state_dict())
+    with fake_te():
+        convert(model, TEBackend(Block()), lambda name, layer: True)
+        convert(alone, EmulateBackend(Block()), lambda name, layer: True)
+        model = DistributedDataParallel(model)
+        for step in range(2):
+            model(normal(16, 48, seed=2 * step + rank)).square().sum().backward()
+            for each in range(2):
+                (alone(normal(16, 48, seed=2 * step + each)).square().sum() / 2).backward()
+    pairs = zip(model.parameters(), alone.parameters(), strict=True)
+    return [torch.allclose(ours.grad, theirs.grad, rtol=1e-5) for ours, theirs in pairs]
+
+
+def test_ddp_averages_its_gradients():
+    assert run_ranks(2, ddp_gradients) == [[True, True]] * 2
+
+
 # ---- weights that are kept --------------------------------------------------------------------
 
 
@@ -511,6 +536,29 @@ def test_what_the_library_says_is_passed_on(monkeypatch):
         assert why_not_te(Block()).endswith("refuses recipe 'block' on NVIDIA H200 (SM90): the driver is too old")
         monkeypatch.delattr(sys.modules["transformer_engine.pytorch"], "is_fp8_block_scaling_available")
         assert "cannot be used here: ModuleNotFoundError" in why_not_te(Block())  # 2.8 has them elsewhere
+
+
+def test_the_names_of_2_8(monkeypatch):
+    theirs = import_module("transformer_engine.pytorch")
+    monkeypatch.delattr(theirs, "autocast")
+    monkeypatch.delattr(theirs, "is_fp8_block_scaling_available")
+
+    class FP8GlobalStateManager:
+        @classmethod
+        def is_fp8_block_scaling_available(cls):
+            return False, "too old"
+
+    old = types.ModuleType("transformer_engine.pytorch.fp8")
+    old.FP8GlobalStateManager = FP8GlobalStateManager
+    monkeypatch.setitem(sys.modules, old.__name__, old)
+    cuda, version = gpu()
+    with cuda, version:
+        assert why_not_te(Block()).endswith("refuses recipe 'block' on NVIDIA H200 (SM90): too old")
+    weight, expected = parameter(32, 48), parameter(32, 48)
+    with pytest.warns(DeprecationWarning, match="fp8_autocast"):  # so says the fake, which has both
+        found = run_linear(TEBackend(Block()).linear(), weight)
+    want = run_linear(EmulateBackend(Block()).linear(), expected)
+    assert_same([*found, weight.grad], [*want, expected.grad])
 
 
 def test_without_the_package_or_a_device(monkeypatch):
