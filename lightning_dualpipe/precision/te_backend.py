@@ -222,9 +222,10 @@ class _Hidden:
         """False: use what is kept. None: quantise the weight anew, and keep nothing."""
         if not self.settings.keeps_weights:
             return None
-        # without a gradient of ``x`` only W is made, and up to 2.9 a W^T that is wanted later would not be missed
-        with_columns = torch.is_grad_enabled() and x_RI.requires_grad
-        state = (*state_of(weight, self.settings.epoch), with_columns, x_RI.dtype)
+        # where ``x`` wants no gradient only W is made, and of block-scaled weights no version up to 2.20 notices later
+        # that W^T is missing; what was made in inference mode cannot be saved for a backward
+        made = torch.is_grad_enabled() and x_RI.requires_grad, torch.is_inference_mode_enabled(), x_RI.dtype
+        state = *state_of(weight, self.settings.epoch), *made
         if state != self._kept_of:
             module._fp8_workspaces.clear()
             self._kept_of = state

@@ -8,12 +8,15 @@ import gc
 import pickle
 import re
 import sys
+import types
 import weakref
+from importlib import import_module
 from unittest import mock
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from lightning_dualpipe.errors import ConfigurationError, MissingPackageError
@@ -26,6 +29,7 @@ from lightning_dualpipe.precision.main_gradients import keep_main_gradients
 from lightning_dualpipe.precision.recipe import BF16, MXFP8, Block, Current, Delayed
 from lightning_dualpipe.precision.te_backend import TEBackend, why_not_te
 from tests.precision.fake_te import fake_te
+from tests.ranks import run_ranks
 
 RECIPES = [Block(), Block("float32"), Current(), Current("e4m3"), MXFP8()]
 COUNTS = [32, 0, 64, 32]
@@ -200,6 +204,17 @@ def test_weight_gradients_wait_and_come_in_any_order():
     assert torch.equal(weight.grad, expected.grad)
 
 
+def test_a_weight_gradient_may_wait_while_others_do_not():
+    weight, expected, queue = parameter(32, 48), parameter(32, 48), queue_that(True)
+    matmul = TEBackend(Block()).linear()
+    for queue.deferring in (True, False):
+        matmul(normal(16, 48), weight, None, queue).sum().backward()
+        EmulateBackend(Block()).linear()(normal(16, 48), expected, None, None).sum().backward()
+    assert len(queue) == 1
+    queue.run(1)
+    assert torch.equal(weight.grad, expected.grad)
+
+
 def test_a_forgotten_weight_gradient_is_never_taken_for_another():
     """A training step that fails leaves some behind."""
     weight, queue = parameter(32, 48), queue_that(True)
@@ -219,6 +234,14 @@ def test_a_gradient_that_is_replaced_under_a_waiting_one_is_an_error():
     weight.grad = None
     with pytest.raises(AssertionError, match="was replaced"):
         queue.run(1)
+
+
+def test_without_a_queue_autograd_is_given_the_gradient():
+    """And with it whatever hangs on autograd: DDP's reducer, for instance, which no parameter shows."""
+    weight, expected = parameter(32, 48), parameter(32, 48)
+    (gradient,) = torch.autograd.grad(TEBackend(Block()).linear()(normal(16, 48), weight, None, None).sum(), weight)
+    EmulateBackend(Block()).linear()(normal(16, 48), expected, None, None).sum().backward()
+    assert weight.grad is None and torch.equal(gradient, expected.grad)
 
 
 @pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
@@ -266,6 +289,27 @@ def test_a_forward_that_runs_again_in_its_backward(deferring, use_reentrant):
     for _ in range(2):
         definition(x, theirs, COUNTS, None).square().sum().backward()
     assert_same([found, ours.grad], [x.grad, theirs.grad])
+
+
+def ddp_gradients(rank):
+    """Averaged over two ranks, which see different rows."""
+    torch.manual_seed(0)
+    model, alone = nn.Linear(48, 32), nn.Linear(48, 32)
+    alone.load_state_dict(model.state_dict())
+    with fake_te():
+        convert(model, TEBackend(Block()), lambda name, layer: True)
+        convert(alone, EmulateBackend(Block()), lambda name, layer: True)
+        model = DistributedDataParallel(model)
+        for step in range(2):
+            model(normal(16, 48, seed=2 * step + rank)).square().sum().backward()
+            for each in range(2):
+                (alone(normal(16, 48, seed=2 * step + each)).square().sum() / 2).backward()
+    pairs = zip(model.parameters(), alone.parameters(), strict=True)
+    return [torch.allclose(ours.grad, theirs.grad, rtol=1e-5) for ours, theirs in pairs]
+
+
+def test_ddp_averages_its_gradients():
+    assert run_ranks(2, ddp_gradients) == [[True, True]] * 2
 
 
 # ---- weights that are kept --------------------------------------------------------------------
@@ -347,6 +391,14 @@ def test_the_first_layer_then_an_inner_one():
     assert x.grad is not None
 
 
+def test_an_evaluation_in_inference_mode_leaves_nothing_for_a_training_step():
+    weight, matmul = parameter(32, 48), TEBackend(Block()).linear()
+    for _ in range(2):
+        with torch.inference_mode():
+            matmul(normal(16, 48), weight, None, None)
+        matmul(normal(16, 48), weight, None, None).sum().backward()  # its input needs no gradient, as in evaluation
+
+
 @pytest.mark.parametrize("deferring", [None, True], ids=["no queue", "deferred"])
 def test_nothing_outlives_its_step(deferring):
     """A graph that somebody still holds, a loss for instance, does not hold gradients."""
@@ -364,16 +416,21 @@ def test_nothing_outlives_its_step(deferring):
 
 
 def test_graphs_that_are_dropped_are_freed():
+    """At once, without a collection: neither the input nor what was lent is part of a cycle."""
     weight, matmul = parameter(32, 48), TEBackend(Block()).linear()
     x = normal(16, 48).requires_grad_()
-    seen = weakref.ref(x)
-    for backward in (False, True):
-        y = matmul(x, weight, None, None)
-        if backward:
-            y.sum().backward()
-        del y
-    del x
-    assert seen() is None  # at once: no cycle
+    seen = weakref.ref(x), weakref.ref(weight)
+    gc.disable()
+    try:
+        for backward in (False, True):
+            y = matmul(x, weight, None, None)
+            if backward:
+                y.sum().backward()
+            del y
+        del x, weight
+        assert [each() for each in seen] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_autocast_and_delayed_scaling():
@@ -479,6 +536,29 @@ def test_what_the_library_says_is_passed_on(monkeypatch):
         assert why_not_te(Block()).endswith("refuses recipe 'block' on NVIDIA H200 (SM90): the driver is too old")
         monkeypatch.delattr(sys.modules["transformer_engine.pytorch"], "is_fp8_block_scaling_available")
         assert "cannot be used here: ModuleNotFoundError" in why_not_te(Block())  # 2.8 has them elsewhere
+
+
+def test_the_names_of_2_8(monkeypatch):
+    theirs = import_module("transformer_engine.pytorch")
+    monkeypatch.delattr(theirs, "autocast")
+    monkeypatch.delattr(theirs, "is_fp8_block_scaling_available")
+
+    class FP8GlobalStateManager:
+        @classmethod
+        def is_fp8_block_scaling_available(cls):
+            return False, "too old"
+
+    old = types.ModuleType("transformer_engine.pytorch.fp8")
+    old.FP8GlobalStateManager = FP8GlobalStateManager
+    monkeypatch.setitem(sys.modules, old.__name__, old)
+    cuda, version = gpu()
+    with cuda, version:
+        assert why_not_te(Block()).endswith("refuses recipe 'block' on NVIDIA H200 (SM90): too old")
+    weight, expected = parameter(32, 48), parameter(32, 48)
+    with pytest.warns(DeprecationWarning, match="fp8_autocast"):  # so says the fake, which has both
+        found = run_linear(TEBackend(Block()).linear(), weight)
+    want = run_linear(EmulateBackend(Block()).linear(), expected)
+    assert_same([*found, weight.grad], [*want, expected.grad])
 
 
 def test_without_the_package_or_a_device(monkeypatch):

@@ -74,7 +74,8 @@ class _Products(torch.autograd.Function):
         rows = [quantise(part, activation) for part in inp.split(splits)]
         y = torch.cat([multiply(part, row, inp.dtype) for part, (row, _) in zip(rows, kept, strict=True)])
         if ctx is not None:
-            ctx.save_for_backward(inp, *weights)  # the saved input lets tests see a second forward of a recomputation
+            # the input makes a recomputation run; the weight must not have been kept by a forward in inference mode
+            ctx.save_for_backward(inp, *(row.values_MK for row, _ in kept))
             ctx.main_grads = [weakref.ref(weight) for weight in weights]
             ctx.kept, ctx.splits, ctx.store, ctx.multiple = kept, splits, module.wgrad_store, multiple
             ctx.fuse, ctx.delays, ctx.how = module.fuse_wgrad_accumulation, delays, (activation, gradient)
@@ -84,7 +85,7 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        inp, *weights = ctx.saved_tensors
+        inp, *weights = ctx.saved_tensors  # as many as there are weights
         activation, gradient = ctx.how
         main_grads: list[Any] = [None] * len(weights)
         if ctx.fuse and ctx.wants[1]:
