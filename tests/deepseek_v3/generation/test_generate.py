@@ -1,6 +1,9 @@
 """``generate`` and ``stream``: what is chosen, when it ends, and what stays as it was."""
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -203,3 +206,16 @@ def test_numbers_that_are_none_are_not_taken_for_tokens(prompts: list[list[int]]
         module.model.norm.weight[3] = float("nan")
     with pytest.raises(FloatingPointError, match="logits are not finite"):
         module.generate(prompts, max_new_tokens=2)
+
+
+def test_the_three_lines_of_the_docs_write_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).parents[3] / "docs" / "generation.md"
+    program = re.findall(r"^```python\n(.*?)^```$", page.read_text(), flags=re.DOTALL | re.MULTILINE)[0]
+    monkeypatch.chdir(tmp_path)
+    module = DeepSeekV3("tiny", token_ids={"eos_token_id": 257}, seed=0)
+    module.configure_model()
+    module.save_pretrained("exported")
+    names: dict[str, Any] = {}
+    exec(program, names)
+    assert len(names["generated"].tokens[0]) == 64 or names["generated"].finish_reasons == ["stop"]
+    assert names["generated"].statistics.drafted > 0
