@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lightning_dualpipe import _autoload
 
 if TYPE_CHECKING:
+    from lightning_dualpipe.checkpoint.newest import newest_checkpoint
     from lightning_dualpipe.data import TextDataModule
     from lightning_dualpipe.deepseek_v3.config import DeepSeekV3Config
     from lightning_dualpipe.deepseek_v3.module import DeepSeekV3
@@ -44,6 +45,7 @@ __all__ = [
     "ScheduleError",
     "TensorSpec",
     "TextDataModule",
+    "newest_checkpoint",
     "run_uncut",
 ]
 
@@ -65,6 +67,7 @@ _MODULE_OF = {
     "ScheduleError": "errors",
     "TensorSpec": "interface",
     "TextDataModule": "data",
+    "newest_checkpoint": "checkpoint.newest",
     "run_uncut": "interface",
 }
 

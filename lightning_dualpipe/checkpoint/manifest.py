@@ -140,6 +140,8 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def _not_one(directory: Path) -> str:
+    if not directory.exists():
+        return f"{directory} is no checkpoint: there is nothing of that name. {REMEDY}"
     inside = sorted(path.name for path in directory.iterdir())[:6] if directory.is_dir() else []
     if ".metadata" in inside:
         return (

@@ -1,6 +1,7 @@
 """``lightning-dualpipe consolidate`` and ``verify``: what to do with a checkpoint directory without a run."""
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -44,7 +45,8 @@ def consolidate(args: Sequence[str]) -> None:
     except (OSError, RuntimeError) as error:  # torch's own writer tells of a full disk by the latter
         raise ConfigurationError(f"{asked.file} cannot be written: {error}") from None
     finally:
-        written.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            written.unlink(missing_ok=True)
     sys.stdout.write(f"{asked.file}: step {checkpoint['global_step']}, {asked.file.stat().st_size:,} bytes\n")
 
 

@@ -20,10 +20,13 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero
 from typing_extensions import override
 
+from lightning_dualpipe.checkpoint.newest import newest_checkpoint
 from lightning_dualpipe.cli.typos import what_was_meant
 from lightning_dualpipe.errors import ConfigurationError
 
 __all__ = ["TrainingCLI", "train"]
+
+_NEWEST = "newest:"
 
 
 def train(args: Sequence[str] | None = None) -> None:
@@ -89,6 +92,13 @@ class TrainingCLI(LightningCLI):
             super().instantiate_classes()
         except ValueError as error:
             raise _refusal(error) or error from None
+
+    def fit(self, **kwargs: Any) -> None:
+        """``--ckpt_path newest:FOLDER`` goes on from what is there, if anything is: for runs that are started again."""
+        path = str(kwargs.get("ckpt_path") or "")
+        if path.startswith(_NEWEST):
+            kwargs["ckpt_path"] = newest_checkpoint(path.removeprefix(_NEWEST))
+        self.trainer.fit(**kwargs)
 
     def predict(self, **kwargs: Any) -> None:
         """Nobody is there to receive the logits of all batches: they are for callbacks, a batch at a time."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from examples.your_own_model import LanguageModel
-from lightning_dualpipe import Batch, DualPipeStrategy, TextDataModule
+from lightning_dualpipe import Batch, DualPipeStrategy, TextDataModule, newest_checkpoint
 from tests.strategy.faults import fault
 
 BATCH_SIZE, NUM_BATCHES = 4, 12
@@ -64,7 +64,7 @@ def train(arguments: Sequence[str] | None = None) -> list[float]:
     watch = Watch()
     callbacks: list[L.Callback] = [watch]
     if options.save:
-        every = {"every_n_train_steps": 2, "save_top_k": -1, "save_on_exception": True}
+        every = {"every_n_train_steps": options.every, "save_top_k": -1, "save_on_exception": True}
         callbacks.append(ModelCheckpoint("checkpoints", **every))  # type: ignore[arg-type]
     trainer = L.Trainer(
         accelerator="cpu",
@@ -80,7 +80,8 @@ def train(arguments: Sequence[str] | None = None) -> list[float]:
         logger=False,
     )
     fault.reached("before fit")
-    trainer.fit(Model(width=8, depth=6, heads=2), _data(options), ckpt_path=options.resume)
+    source = newest_checkpoint("checkpoints") if options.resume == "newest" else options.resume
+    trainer.fit(Model(width=8, depth=6, heads=2), _data(options), ckpt_path=source)
     fault.reached("after fit")
     return watch.losses
 
@@ -109,7 +110,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--save", action="store_true")
     parser.add_argument("--corpus", help="text to train on; it goes on where a checkpoint stood")
-    parser.add_argument("--resume", help="path of a checkpoint")
+    parser.add_argument("--every", type=int, default=2, help="steps between two checkpoints")
+    parser.add_argument("--resume", help="path of a checkpoint, or newest")
     parser.add_argument("--careless", action="store_true", help="catch every error and go on")
     return parser.parse_args(arguments)
 
