@@ -24,6 +24,7 @@ from typing_extensions import override
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.precision.backends import BACKENDS, BackendChoice, choose_backend
 from lightning_dualpipe.precision.convert import convert, restore
+from lightning_dualpipe.precision.fp8_rows import round_expert_tokens, travels_exactly
 from lightning_dualpipe.precision.matmul import Backend
 from lightning_dualpipe.precision.recipe import BF16, MXFP8, Recipe, recipe_of
 from lightning_dualpipe.precision.selection import Selection, select
@@ -31,6 +32,7 @@ from lightning_dualpipe.precision.selection import Selection, select
 __all__ = ["FP8Precision"]
 
 Weights = Literal["bf16-true", "32-true", "64-true", "bf16-mixed"]
+Dispatch = Literal["auto", "fp8", "bf16"]
 
 
 class FP8Precision(Precision):
@@ -46,6 +48,8 @@ class FP8Precision(Precision):
         backend: ``te`` (Transformer Engine), ``torch``, ``emulate`` (anywhere, slowly), or ``auto``: the best that
             runs on the device. On a GPU without kernels for the recipe that is none, which is warned of.
         weights: the precision of everything else, as the Trainer's ``precision``.
+        dispatch: how tokens travel to experts that multiply in FP8, and gradients in backward: ``fp8`` or ``bf16``
+            (that is, in ``weights``). ``auto``: in FP8 if the recipe lets them travel without loss.
         include: names of layers in the LightningModule, with ``*`` and ``?`` as in file names: these alone are
             converted, sensitive ones too. Default: all that are not sensitive.
         exclude: names of layers that stay as they are.
@@ -59,11 +63,16 @@ class FP8Precision(Precision):
         recipe: str | dict[str, Any] | Recipe = "block",
         backend: Literal["auto", "te", "torch", "emulate"] = "auto",
         weights: Weights = "bf16-true",
+        dispatch: Dispatch = "auto",
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
     ) -> None:
         problems = []
-        for name, value, values in (("backend", backend, BACKENDS), ("weights", weights, get_args(Weights))):
+        for name, value, values in (
+            ("backend", backend, BACKENDS),
+            ("weights", weights, get_args(Weights)),
+            ("dispatch", dispatch, get_args(Dispatch)),
+        ):
             if value not in values:
                 problems.append(f"{name}={value!r} is not one of {', '.join(values)}")
         for name, patterns in (("include", include), ("exclude", exclude)):
@@ -71,6 +80,11 @@ class FP8Precision(Precision):
                 problems.append(f"{name}={patterns!r} must be a list of names")
         try:
             self.recipe = recipe_of(recipe)
+            if dispatch == "fp8" and not travels_exactly(self.recipe):
+                problems.append(
+                    f"dispatch='fp8' with {self.recipe} would round tokens once more on their way; use recipe='block', "
+                    "whose scales are powers of two, or dispatch='bf16'"
+                )
         except ConfigurationError as error:
             problems.append(str(error))
         if problems:
@@ -80,6 +94,7 @@ class FP8Precision(Precision):
         """What computes the products of the run; None before and after it, and where nothing is in FP8."""
         self.selection: Selection | None = None
         """Which layers of the whole model they are, from when it has been looked at."""
+        self._dispatch = dispatch
         self._wanted, self._include, self._exclude = backend, tuple(include), tuple(exclude)
         self._rest = _REST[weights]()
         self._looked_at: nn.Module | None = None
@@ -131,6 +146,9 @@ class FP8Precision(Precision):
         names = self.selection.names
         self.backend = backend = choice.build()
         convert(module, backend, lambda name, _: name in names)
+        if self._dispatch != "bf16" and travels_exactly(self.recipe):
+            experts = self.selection.experts
+            round_expert_tokens(module, self.recipe, lambda name: any(e.startswith(f"{name}.") for e in experts))
         self._converted = module
         self._stop_watching = register_optimizer_step_post_hook(lambda *_: backend.weights_changed()).remove
         self._say(f"FP8 by {self.recipe}, {choice}. It multiplies {self.selection}")
@@ -146,6 +164,7 @@ class FP8Precision(Precision):
             self._stop_watching()
         if self._converted is not None:
             restore(self._converted)
+            round_expert_tokens(self._converted, None)
         self._stop_watching = self._converted = self.backend = None
 
     @override

@@ -16,6 +16,7 @@ Shapes: N tokens, R rows, D width, T tiles of a row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -80,10 +81,15 @@ class SendsTokens(Protocol):
         ...
 
 
-def round_expert_tokens(module: nn.Module, recipe: Recipe | None) -> list[str]:
-    """Let all mixtures of experts in ``module`` round tokens as ``recipe`` does; returns their names.
+def round_expert_tokens(
+    module: nn.Module, recipe: Recipe | None, wanted: Callable[[str], bool] = lambda name: True
+) -> list[str]:
+    """Let the mixtures of experts in ``module`` round tokens as ``recipe`` does; returns their names.
 
     None, or a recipe that quantises nothing: they leave them as they are.
+
+    Args:
+        wanted: of the name of one, whether it is meant.
 
     Raises:
         ConfigurationError: tokens would lose something on the way (see ``travels_exactly``).
@@ -91,7 +97,7 @@ def round_expert_tokens(module: nn.Module, recipe: Recipe | None) -> list[str]:
     rows = FP8Rows(recipe.activation) if recipe is not None and recipe.activation is not None else None
     if rows is not None and recipe is not None and recipe.gradient != rows.how:
         raise ConfigurationError(f"recipe {recipe.name!r} has another format for gradients; send tokens in bf16")
-    senders = [(name, each) for name, each in module.named_modules() if isinstance(each, SendsTokens)]
+    senders = [(name, each) for name, each in module.named_modules() if isinstance(each, SendsTokens) and wanted(name)]
     for _, sender in senders:
         sender.use_token_format(rows)
     return [name for name, _ in senders]

@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from examples.your_own_model import LanguageModel
-from lightning_dualpipe import Batch, DualPipeStrategy, FP8Precision
+from lightning_dualpipe import Batch, DeepSeekV3, DualPipeStrategy, FP8Precision
+from lightning_dualpipe.deepseek_v3.moe import MoE
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.plugins import fp8_precision
 from lightning_dualpipe.precision import backends, reference
 from lightning_dualpipe.precision.fp8_weight import QuantisedWeight
 from lightning_dualpipe.precision.recipe import Block, Current
 from tests.ranks import run_ranks
-from tests.strategy.runs import QUIET, pretend_torchrun
+from tests.strategy.runs import QUIET, SHAPE, pretend_torchrun
 
 HEAD = "model.head.1"
 
@@ -261,6 +262,31 @@ def test_two_processes(strategy):
 # ---- what it says and refuses ---------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("arguments", "travel_in_fp8"),
+    [
+        ({}, True),
+        ({"dispatch": "fp8"}, True),
+        ({"dispatch": "bf16"}, False),
+        ({"recipe": "mxfp8"}, True),
+        ({"recipe": {"name": "block", "scales": "float32"}}, False),
+        ({"recipe": "current"}, False),
+        ({"exclude": ["*.experts"]}, False),
+    ],
+)
+def test_tokens_travel_in_fp8_where_experts_multiply_in_it_and_nothing_is_lost(arguments, travel_in_fp8):
+    sizes = {"kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32, "q_lora_rank": 32}
+    module = DeepSeekV3("tiny", {**SHAPE, "moe_intermediate_size": 32, "intermediate_size": 64, **sizes})
+    mixtures = [each for each in module.modules() if isinstance(each, MoE)]
+    plugin = FP8Precision(**{"backend": "emulate", **arguments})
+    module.configure_model()
+    plugin.convert_module(module)
+    assert mixtures and [each.token_format is not None for each in mixtures] == [travel_in_fp8] * len(mixtures)
+    assert all(each.dispatcher.row_format == each.token_format for each in mixtures)
+    plugin.teardown()
+    assert all(each.token_format is None and each.dispatcher.row_format is None for each in mixtures)
+
+
 def test_it_says_once_what_it_converted_by_whom_and_why(caplog):
     run = trainer(steps=1)
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
@@ -303,6 +329,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown precision": (
         {"weights": "16-true"},
         "weights='16-true' is not one of bf16-true, 32-true, 64-true, bf16-m",
+    ),
+    "an unknown way to experts": ({"dispatch": "fp16"}, "dispatch='fp16' is not one of auto, fp8, bf16"),
+    "tokens that would lose something": (
+        {"recipe": "current", "dispatch": "fp8"},
+        "dispatch='fp8' with Current(gradient_format='e5m2') would round tokens once more on their way; use recipe='bl",
     ),
     "a word for a list": ({"include": "*.o_proj"}, "include='*.o_proj' must be a list of names"),
 }
