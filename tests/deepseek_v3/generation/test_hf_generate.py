@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from lightning_dualpipe import DeepSeekV3
+from lightning_dualpipe.deepseek_v3.generation import forward
 from lightning_dualpipe.deepseek_v3.generation.cache import Places
 from lightning_dualpipe.deepseek_v3.generation.forward import hidden_states, new_cache
 from tests.deepseek_v3.generation.models import random_prompts
@@ -88,36 +90,75 @@ LONG: dict[str, Any] = {
     "qk_nope_head_dim": 4,
     "v_head_dim": 4,
     "num_nextn_predict_layers": 0,
+    "max_position_embeddings": 163840,
     "rope_parameters": {**YARN, "original_max_position_embeddings": 4096, "mscale": 1.0, "mscale_all_dim": 1.0},
 }
 
 
-@pytest.mark.parametrize(
-    ("length", "chunk"), [(6000, 2000), pytest.param(131072, 4096, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
-)
 @torch.no_grad()
-def test_positions_far_beyond_the_trained_length_are_those_of_transformers(
-    length: int, chunk: int, tmp_path: Path
-) -> None:
-    """YaRN by 40 from 4096 positions: logits at the ends of all chunks, and at the 16 last positions."""
+def test_chunks_beyond_the_trained_length_are_those_of_transformers(tmp_path: Path) -> None:
+    """YaRN by 40 from 4096 positions, both with a cache and in chunks: logits at the end of each."""
     from transformers import DynamicCache
 
     from tests.oracles.transformers_float64 import in_float64, new_reference
 
-    reference = new_reference(**{**LONG, "max_position_embeddings": 163840})
+    reference = new_reference(**LONG)
     reference.save_pretrained(tmp_path)
     reference.set_attn_implementation("sdpa")
     model = DeepSeekV3.from_pretrained(tmp_path).double().model
+    length, chunk = 6000, 2000
     tokens_1T = torch.tensor(random_prompts(model.config.vocab_size, [length]))
 
     theirs, ours = DynamicCache(config=reference.config), new_cache(model, 2, 1, max_slots=length)
     for start in range(0, length, chunk):
-        stop = min(start + chunk, length)
-        piece = tokens_1T[:, start:stop]
+        piece = tokens_1T[:, start : start + chunk]
         with in_float64():
             want = reference(piece, past_key_values=theirs, logits_to_keep=16).logits
-        places = Places.of(torch.tensor([start]), stop - start, stop)
+        places = Places.of(torch.tensor([start]), chunk, start + chunk)
         got = model.lm_head(hidden_states(model, piece, places, ours)[:, -16:])
-        torch.testing.assert_close(got, want, atol=1e-9, rtol=0, msg=lambda text, at=start: f"from {at}: {text}")
+        torch.testing.assert_close(got, want, atol=1e-10, rtol=0)
     assert want.std() > 0.3
-    assert ours.num_bytes == length * 2 * (8 + 8) * 8
+
+
+@torch.no_grad()
+def test_positions_up_to_128k_are_those_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits at selected positions, each attending to all before it.
+
+    What a single layer caches of a token depends on the token and its position alone. So both caches are filled
+    with attention left out, which for all 131,072 positions would take minutes, and then asked from behind.
+    """
+    from transformers import AttentionInterface, DynamicCache
+
+    from tests.oracles.transformers_float64 import in_float64, new_reference
+
+    def nothing(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any) -> tuple[Tensor, None]:
+        return torch.zeros_like(query[..., : value.shape[-1]]).transpose(1, 2), None
+
+    AttentionInterface.register("nothing", nothing)
+    reference = new_reference(**{**LONG, "num_hidden_layers": 1, "first_k_dense_replace": 0})
+    reference.save_pretrained(tmp_path)
+    model = DeepSeekV3.from_pretrained(tmp_path).double().model
+    length, chunk, asked = 131072, 8192, 4
+    tokens_1T = torch.tensor(random_prompts(model.config.vocab_size, [length]))
+
+    theirs, ours = DynamicCache(config=reference.config), new_cache(model, 1, 1, max_slots=length)
+    reference.set_attn_implementation("nothing")
+    for start in range(0, length, chunk):
+        piece = tokens_1T[:, start : start + chunk]
+        with in_float64():
+            reference(piece, past_key_values=theirs, logits_to_keep=1)
+        with monkeypatch.context() as patch:
+            patch.setattr(forward, "attend", lambda attention, x_BSD, *_: torch.zeros_like(x_BSD))
+            hidden_states(model, piece, Places.of(torch.tensor([start]), chunk, start + chunk), ours)
+    assert ours.num_bytes == length * (8 + 8) * 8
+
+    reference.set_attn_implementation("eager")
+    for end in (131072, 131000, 100003, 65536, 40961, 16384, 4099, 4096, 512, 4):
+        start = end - asked
+        theirs.crop(start - theirs.get_seq_length())
+        piece = tokens_1T[:, start:end]
+        with in_float64():
+            want = reference(piece, past_key_values=theirs).logits
+        got = model.lm_head(hidden_states(model, piece, Places.of(torch.tensor([start]), asked, end), ours))
+        torch.testing.assert_close(got, want, atol=1e-9, rtol=0, msg=lambda text, at=start: f"from {at}: {text}")
+        assert want.std() > 0.3
