@@ -10,7 +10,7 @@ a run on, the module multiplies as it did before.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -186,7 +186,7 @@ class FP8Precision(Precision):
     @override
     @contextmanager
     def forward_context(self) -> Generator[None, None, None]:
-        with self._rest.forward_context():
+        with self._rest.forward_context(), nullcontext() if self.backend is None else self.backend.context():
             yield
 
     @override

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.precision.fp8_grouped_linear import FP8GroupedLinear
 from lightning_dualpipe.precision.fp8_linear import FP8Linear, Operands
@@ -33,3 +35,6 @@ class EmulateBackend:
 
     def weights_changed(self) -> None:
         self._epoch.number += 1
+
+    def context(self) -> AbstractContextManager[object]:
+        return nullcontext()

@@ -36,7 +36,9 @@ class FP8GroupedLinear:
     def __call__(
         self, x_RI: Tensor, weight_EOI: Tensor, counts: Sequence[int] | Tensor, queue: WeightGradients | None
     ) -> Tensor:
-        y_RO: Tensor = _FP8GroupedLinear.apply(autocast_to(x_RI), weight_EOI, counts, queue, self)
+        y_RO: Tensor = _FP8GroupedLinear.apply(
+            autocast_to(x_RI), weight_EOI, counts, queue, self, torch.is_grad_enabled()
+        )
         return y_RO
 
 
@@ -49,6 +51,7 @@ class _FP8GroupedLinear(torch.autograd.Function):
         counts: Sequence[int] | Tensor,
         queue: WeightGradients | None,
         layer: FP8GroupedLinear,
+        keep: bool,
     ) -> Tensor:
         bounds = tuple(accumulate(counts.tolist() if isinstance(counts, Tensor) else counts, initial=0))
         assert bounds[-1] == len(x_RI), f"counts add up to {bounds[-1]}, there are {len(x_RI)} rows"
@@ -56,13 +59,13 @@ class _FP8GroupedLinear(torch.autograd.Function):
         ctx.parameter, ctx.queue, ctx.layer, ctx.bounds, ctx.dtype = weight_EOI, queue, layer, bounds, x_RI.dtype
         with without_autocast(x_RI):
             y_RO = x_RI.new_empty(len(x_RI), weight_EOI.shape[1])
-            for rows, weight in zip(_slices(bounds), layer.weight.rows(weight_EOI), strict=True):
+            for rows, weight in zip(_slices(bounds), layer.weight.rows(weight_EOI, keep=keep), strict=True):
                 _multiply_into(y_RO[rows], layer, x_RI[rows], layer.activation, weight)
         return y_RO
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         x_RI, weight_EOI = ctx.saved_tensors
         layer: FP8GroupedLinear = ctx.layer
         needs_x, needs_weight = ctx.needs_input_grad[:2]
@@ -75,7 +78,7 @@ class _FP8GroupedLinear(torch.autograd.Function):
         if needs_weight:
             compute = partial(_weight_gradient, layer, ctx.bounds, grad_RO, x_RI)
             grad_EOI = now_or_later(ctx.parameter, ctx.queue, compute)
-        return grad_RI, grad_EOI, None, None, None
+        return grad_RI, grad_EOI, None, None, None, None
 
 
 def _multiply_into(out: Tensor, layer: FP8GroupedLinear, rows: Tensor, how: Any, weight: Quantised) -> None:

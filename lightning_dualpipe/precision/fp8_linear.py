@@ -39,7 +39,7 @@ class FP8Linear:
         self.multiply = multiply
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, queue: WeightGradients | None) -> Tensor:
-        y: Tensor = _FP8Linear.apply(autocast_to(x), weight, bias, queue, self)
+        y: Tensor = _FP8Linear.apply(autocast_to(x), weight, bias, queue, self, torch.is_grad_enabled())
         return y
 
 
@@ -52,12 +52,13 @@ class _FP8Linear(torch.autograd.Function):
         bias_O: Tensor | None,
         queue: WeightGradients | None,
         layer: FP8Linear,
+        keep: bool,
     ) -> Tensor:
         ctx.save_for_backward(x if weight_OI.requires_grad else None, weight_OI)
         ctx.parameters = weight_OI, bias_O  # the objects that own ``.grad``
         ctx.queue, ctx.layer, ctx.dtype = queue, layer, x.dtype
         with without_autocast(x):
-            (weight,) = layer.weight.rows(weight_OI)
+            (weight,) = layer.weight.rows(weight_OI, keep=keep)
             y_NO = layer.multiply(quantise(_rows(x), layer.activation), weight, x.dtype)
             if bias_O is not None:
                 y_NO += bias_O.to(x.dtype)
@@ -65,7 +66,7 @@ class _FP8Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         x, weight_OI = ctx.saved_tensors
         layer: FP8Linear = ctx.layer
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
@@ -79,7 +80,7 @@ class _FP8Linear(torch.autograd.Function):
             grad_weight = now_or_later(ctx.parameters[0], ctx.queue, partial(_weight_gradient, layer, grad, x))
         if needs_bias:
             grad_bias = now_or_later(ctx.parameters[1], ctx.queue, partial(_bias_gradient, grad))
-        return grad_x, grad_weight, grad_bias, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None
 
 
 def _weight_gradient(layer: FP8Linear, grad: Tensor, x: Tensor) -> Tensor:

@@ -3,6 +3,9 @@
 What is kept is used only for the very tensor, in the very state, that it was made of. Its version counts
 writes in place, but neither those through ``.data`` nor those of torch's fused optimizers. So the step of any
 optimizer of this process ends what is kept, and whoever writes otherwise says so (``Backend.weights_changed``).
+
+Who averages weights (Lightning's ``EMAWeightAveraging``) exchanges them through ``.data`` for an evaluation, and back.
+So where no gradients are wanted nothing is kept, nor is what was kept used.
 """
 
 from __future__ import annotations
@@ -49,8 +52,13 @@ class QuantisedWeight:
     _made_of: tuple[int, ...] | None = None
     _kept: dict[str, tuple[Quantised, ...]] = field(default_factory=dict)
 
-    def rows(self, weight: Tensor) -> tuple[Quantised, ...]:
-        """W of each expert (one, of a matrix), to be summed over its columns: for the forward."""
+    def rows(self, weight: Tensor, *, keep: bool = True) -> tuple[Quantised, ...]:
+        """W of each expert (one, of a matrix), to be summed over its columns: for the forward.
+
+        ``keep``: for a training step; what is kept of it lasts until the next.
+        """
+        if not keep:
+            return tuple(quantise(w_OI, self.how) for w_OI in _matrices(weight))
         return self._get("rows", weight, lambda w_OI: quantise(w_OI, self.how))
 
     def columns(self, weight: Tensor) -> tuple[Quantised, ...]:
@@ -68,6 +76,10 @@ class QuantisedWeight:
         if state != self._made_of:
             self._made_of, self._kept = state, {}
         if which not in self._kept:
-            source = weight.detach()
-            self._kept[which] = tuple(make(w_OI) for w_OI in (source if source.dim() == 3 else source[None]))
+            self._kept[which] = tuple(make(w_OI) for w_OI in _matrices(weight))
         return self._kept[which]
+
+
+def _matrices(weight: Tensor) -> Tensor:
+    source = weight.detach()
+    return source if source.dim() == 3 else source[None]

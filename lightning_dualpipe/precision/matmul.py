@@ -10,6 +10,7 @@ Shapes: R rows, E experts, I inputs, O outputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -55,4 +56,8 @@ class Backend(Protocol):
 
     def weights_changed(self) -> None:
         """Forget whatever was made of weights: an optimizer has stepped."""
+        ...
+
+    def context(self) -> AbstractContextManager[object]:
+        """Around each forward of a model: what is learned from one forward for the next is learned when it ends."""
         ...

@@ -21,7 +21,7 @@ Shapes: R rows (tokens), E experts, I inputs, O outputs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
@@ -96,11 +96,10 @@ class TEBackend:
         self._settings.epoch.number += 1
 
     def context(self) -> AbstractContextManager[object]:
-        """Around the forward of one optimizer step, for recipe ``delayed``: its history grows when this is left.
-
-        Without it, it grows with each product, and so remembers fewer steps. Other recipes have no use for it.
+        """For recipe ``delayed``, whose history grows when this is left: without it with each product, and so it would
+        remember fewer steps. Other recipes have no use for it.
         """
-        return self._settings.quantising()
+        return self._settings.quantising() if isinstance(self._settings.recipe, Delayed) else nullcontext()
 
 
 # ---- matmuls ----------------------------------------------------------------------------------
@@ -220,12 +219,11 @@ class _Hidden:
 
     def _is_first(self, module: Any, weight: Tensor, x_RI: Tensor) -> bool | None:
         """False: use what is kept. None: quantise the weight anew, and keep nothing."""
-        if not self.settings.keeps_weights:
+        if not (self.settings.keeps_weights and torch.is_grad_enabled()):
             return None
         # where ``x`` wants no gradient only W is made, and of block-scaled weights no version up to 2.20 notices later
-        # that W^T is missing; what was made in inference mode cannot be saved for a backward
-        made = torch.is_grad_enabled() and x_RI.requires_grad, torch.is_inference_mode_enabled(), x_RI.dtype
-        state = *state_of(weight, self.settings.epoch), *made
+        # that W^T is missing
+        state = *state_of(weight, self.settings.epoch), x_RI.requires_grad, x_RI.dtype
         if state != self._kept_of:
             module._fp8_workspaces.clear()
             self._kept_of = state

@@ -14,6 +14,7 @@ Shapes: M, N outer dimensions, K the one that is summed over.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +79,9 @@ class TorchBackend:
 
     def weights_changed(self) -> None:
         self._epoch.number += 1
+
+    def context(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
 
 class _TurnedWeight(QuantisedWeight):

@@ -1,7 +1,8 @@
 """``FP8Precision`` in a Trainer: what it converts and gives back, and that a run in FP8 is an ordinary run."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from lightning_dualpipe.deepseek_v3.moe import MoE
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.plugins import fp8_precision
 from lightning_dualpipe.precision import backends, reference
+from lightning_dualpipe.precision.emulate import EmulateBackend
 from lightning_dualpipe.precision.fp8_weight import QuantisedWeight
 from lightning_dualpipe.precision.recipe import Block, Current
 from tests.ranks import run_ranks
@@ -195,19 +198,60 @@ def test_no_step_sees_the_weights_of_the_step_before(kind, strategy, monkeypatch
     assert len(kept) == 6 and kept[-1] < kept[0] - 0.1
 
 
+def test_training_does_not_see_the_weights_of_an_evaluation(monkeypatch):
+    """Lightning's average takes the weights' places for an evaluation, through ``.data``, which nothing counts."""
+
+    def trained() -> list[float]:
+        module, average = fresh(), EMAWeightAveraging(decay=0.5)
+        L.seed_everything(3, verbose=False)
+        options = {**QUIET, "limit_val_batches": 1, "val_check_interval": 2}
+        plugins = [FP8Precision(weights="32-true")]
+        run = L.Trainer(accelerator="cpu", devices=1, max_steps=6, plugins=plugins, callbacks=[average], **options)
+        run.fit(module, data(), data(1))
+        return module.seen
+
+    kept, usual = trained(), QuantisedWeight._get
+
+    def forgetful(self: QuantisedWeight, *arguments: Any) -> Any:
+        self._kept = {}
+        return usual(self, *arguments)
+
+    monkeypatch.setattr(QuantisedWeight, "_get", forgetful)
+    assert trained() == kept
+
+
+@pytest.mark.parametrize("strategy", ["auto", "dualpipe"])
+def test_a_forward_runs_in_the_context_of_the_backend(strategy, monkeypatch):
+    """Once: it is where a recipe that remembers learns."""
+    entered = []
+
+    @contextmanager
+    def context(backend: EmulateBackend) -> Iterator[None]:
+        entered.append(backend)
+        yield
+
+    monkeypatch.setattr(EmulateBackend, "context", context)
+    losses(fresh(), strategy=DualPipeStrategy(num_microbatches=1) if strategy == "dualpipe" else strategy, steps=3)
+    assert len(entered) == 3 and len(set(map(id, entered))) == 1
+
+
 # ---- checkpoints ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("second", ["auto", "dualpipe"])
 def test_a_run_goes_on_where_its_checkpoint_stood(second, tmp_path):
-    path = tmp_path / "fp8.ckpt"
-    trainer(steps=6, fp8={"weights": "32-true"}).fit(whole := fresh(), data(3))
-    run = trainer(steps=3, fp8={"weights": "32-true"})
+    """The pipeline differentiates sums of losses, not means: with scales that are powers of two, gradients that are so
+    many times larger are rounded otherwise. And other microbatches would group other tokens under a scale.
+    """
+    path, fp8 = tmp_path / "fp8.ckpt", {"weights": "64-true", "recipe": "current"}
+    trainer(steps=6, fp8=fp8).fit(whole := fresh(), data(3))
+    run = trainer(steps=3, fp8=fp8)
     run.fit(first := fresh(), data())
     run.save_checkpoint(path)
 
     resumed = Model()
-    trainer(strategy=second, steps=6, fp8={"weights": "32-true"}).fit(resumed, data(), ckpt_path=path)
+    strategy = DualPipeStrategy(num_microbatches=1) if second == "dualpipe" else second
+    trainer(strategy=strategy, steps=6, fp8=fp8).fit(resumed, data(), ckpt_path=path)
     assert [*first.seen, *resumed.seen] == pytest.approx(whole.seen, rel=1e-5) and len(resumed.seen) == 3
 
 

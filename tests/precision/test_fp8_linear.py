@@ -298,14 +298,22 @@ def test_a_weight_is_quantised_once_a_step(recipe, times, monkeypatch):
     assert counts["rest"] == 3 * 4 * 4  # input, gradient; and both again along the tokens
 
 
-def test_what_was_kept_in_an_evaluation_serves_training():
-    layer, _ = layer_of(MXFP8())
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("recipe", [Block(), MXFP8()], ids=str)
+def test_an_evaluation_with_other_weights_leaves_nothing_to_training(recipe, mode):
+    """As those who average weights do it: exchanged behind the counter, before an evaluation and after it."""
+    layer, _ = layer_of(recipe)
     x = torch.randn(ROWS, INPUTS, requires_grad=True)
-    with torch.inference_mode():
-        evaluated = layer(x)
+    own, average = layer.weight.detach().clone(), torch.randn_like(layer.weight)
     y = layer(x)
+    for _ in range(2):
+        layer.weight.data.copy_(average)
+        with mode():
+            assert torch.equal(layer(x), reference.forward(x.detach(), average, recipe))
+        layer.weight.data.copy_(own)
+        assert torch.equal(layer(x), y)
     y.sum().backward()
-    assert torch.equal(y, evaluated) and x.grad is not None and layer.weight.grad is not None
+    assert torch.equal(x.grad, reference.grad_input(torch.ones_like(y), own, recipe))
 
 
 def test_copies_of_a_layer_have_their_own_weight():

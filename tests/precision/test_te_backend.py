@@ -391,6 +391,22 @@ def test_the_first_layer_then_an_inner_one():
     assert x.grad is not None
 
 
+@pytest.mark.parametrize("kind", ["linear", "grouped_linear"])
+def test_an_evaluation_with_other_weights_leaves_nothing_to_training(kind):
+    """Weights that are exchanged behind the counter of writes, as by ``EMAWeightAveraging``."""
+    weight = parameter(4, 32, 48) if kind == "grouped_linear" else parameter(32, 48)
+    own, average = weight.detach().clone(), normal(*weight.shape, seed=7)
+    form = (COUNTS, None) if kind == "grouped_linear" else (None, None)
+    x, matmul = normal(sum(COUNTS), 48).requires_grad_(), getattr(TEBackend(Block()), kind)()
+    definition = getattr(EmulateBackend(Block()), kind)
+    before = matmul(x, weight, *form)
+    weight.data.copy_(average)
+    with torch.no_grad():
+        assert_same([matmul(x, weight, *form)], [definition()(x, average, *form)])
+    weight.data.copy_(own)
+    assert_same([matmul(x, weight, *form)], [before])
+
+
 def test_an_evaluation_in_inference_mode_leaves_nothing_for_a_training_step():
     weight, matmul = parameter(32, 48), TEBackend(Block()).linear()
     for _ in range(2):
@@ -434,14 +450,20 @@ def test_graphs_that_are_dropped_are_freed():
 
 
 def test_autocast_and_delayed_scaling():
+    from transformer_engine.pytorch.quantization import IN_FORCE  # the fake's
+
+    depth = len(IN_FORCE)
     weight = parameter(32, 48)
     with torch.autocast("cpu", torch.bfloat16):
         assert TEBackend(Block()).linear()(normal(16, 48), weight, None, None).dtype == torch.bfloat16
     backend = TEBackend(Delayed(history=16))
     matmul = backend.linear()
     with backend.context():
+        assert len(IN_FORCE) == depth + 1  # its own regions are inside of one, and only the outermost learns
         run_linear(matmul, weight, microbatches=2)
-    assert weight.grad.any()
+    assert weight.grad.any() and len(IN_FORCE) == depth
+    with TEBackend(Block()).context():  # nothing of other layers of this library becomes FP8
+        assert len(IN_FORCE) == depth
 
 
 # ---- in a model -------------------------------------------------------------------------------
