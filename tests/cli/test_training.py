@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from lightning_dualpipe import DeepSeekV3, DualPipeStrategy, FP8Precision
 from lightning_dualpipe.cli import main
 from lightning_dualpipe.cli.typos import what_was_meant
 
@@ -256,14 +257,30 @@ def test_a_slurm_job_has_its_own_size_and_folder(tmp_path: Path, capsys: pytest.
     assert parsed["ckpt_path"] is None
 
 
+def test_the_example_of_671b_asks_for_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parsed = submitted(tmp_path, capsys, job="77")
+    trainer, model, data = parsed["trainer"], parsed["model"]["init_args"], parsed["data"]["init_args"]
+    (plugin,), strategy = trainer["plugins"], trainer["strategy"]["init_args"]
+    assert trainer["precision"] is None  # which would be a second one beside the plugin
+    assert repr(FP8Precision(**plugin["init_args"])) == repr(FP8Precision("block", weights="bf16-true"))
+    assert DualPipeStrategy(**strategy).save_distributed_checkpoint == "async"
+    assert data["batch_size"] == strategy["num_microbatches"] == 120 and data["batch_size_schedule"] is None
+    assert DeepSeekV3(**model).hparams["recompute"] == "selective_fp8"
+
+
+@pytest.mark.parametrize("kind", ["file", "directory"])
 def test_a_requeued_slurm_job_goes_on_from_its_own_last_checkpoint(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     versions = [f"runs/{job}/671b/version_{version}" for job, version in (("77", 0), ("77", 1), ("78", 0))]
     for age, version in enumerate(versions):
         checkpoint = Path(version, "checkpoints/last.ckpt")
         checkpoint.parent.mkdir(parents=True)
-        checkpoint.touch()
+        if kind == "file":
+            checkpoint.touch()
+        else:
+            checkpoint.mkdir()
+            (checkpoint / "manifest.json").touch()
         os.utime(checkpoint, (age, age))
     assert submitted(tmp_path, capsys, job="77")["ckpt_path"] == "runs/77/671b/version_1/checkpoints/last.ckpt"
     assert submitted(tmp_path, capsys, job="79")["ckpt_path"] is None
