@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor
 
 from lightning_dualpipe.callbacks import WeightAverage
+from lightning_dualpipe.checkpoint.stored import read_whole
 from tests.ranks import run_ranks
 from tests.strategy.runs import Run, build, write_corpus
 
@@ -42,14 +43,17 @@ def average(
     return losses.losses, {name: tensor.cpu() for name, tensor in module.state_dict().items()}
 
 
-@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
-def test_the_average_is_the_one_that_lightning_keeps_of_the_whole_model(tmp_path: Path, precision: str) -> None:
+@pytest.mark.parametrize(("precision", "directory"), [("64-true", False), ("bf16-true", False), ("bf16-true", True)])
+def test_the_average_is_the_one_that_lightning_keeps_of_the_whole_model(
+    tmp_path: Path, precision: str, directory: bool
+) -> None:
     every = {"val_check_interval": 1, "limit_val_batches": 1, "num_sanity_val_steps": 0}
     run = Run(corpus=write_corpus(tmp_path), steps=STEPS, precision=precision, model="gpt", trainer=every)
     # Lightning copies the module before its precision is set: its average is float32
     tolerance = {"rtol": 1e-6, "atol": 1e-6} if precision == "64-true" else {"rtol": 0.1, "atol": 0.1}
     expected_losses, expected = average(0, run, "Lightning's", str(tmp_path / "alone"))
-    pipelined = replace(run, strategy={"pipeline_parallel_size": 2, "schedule": "dualpipev"}, world=2)
+    strategy = {"pipeline_parallel_size": 2, "schedule": "dualpipev", "save_distributed_checkpoint": directory}
+    pipelined = replace(run, strategy=strategy, world=2)
 
     together = run_ranks(2, average, pipelined, "ours", str(tmp_path / "together"), timeout=200)
 
@@ -57,7 +61,8 @@ def test_the_average_is_the_one_that_lightning_keeps_of_the_whole_model(tmp_path
         assert losses == pytest.approx(expected_losses, abs=tolerance["atol"])
         for name, values in weights.items():
             torch.testing.assert_close(values, expected[name], **tolerance, msg=name)
-    saved, theirs = (torch.load(tmp_path / who / f"step={SAVED_AT}.ckpt") for who in ("together", "alone"))
+    saved, theirs = (tmp_path / who / f"step={SAVED_AT}.ckpt" for who in ("together", "alone"))
+    saved, theirs = read_whole(saved) if directory else torch.load(saved), torch.load(theirs)
     for key in ("state_dict", "current_model_state"):
         assert list(saved[key]) == list(theirs[key])
         for name, values in saved[key].items():
