@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.ranks import run_ranks
+from tests.ranks import Cases, run_ranks
 
 
 def _sum_of_ranks(rank, addend):
@@ -56,4 +56,27 @@ def test_the_first_cause_surfaces_at_once_and_no_process_is_left(fn, message, ti
     with pytest.raises(AssertionError, match=message):
         run_ranks(2, fn, timeout=timeout)
     assert time.monotonic() - start < 30
+    assert not multiprocessing.active_children()
+
+
+def _in_turn(rank, what):
+    if what == "fail" and rank == 1:
+        raise ValueError("rank one is unhappy")
+    if what == "die" and rank == 1:
+        os._exit(7)
+    total = torch.tensor(rank + 1)
+    dist.all_reduce(total)
+    return int(total), os.getpid()
+
+
+def test_cases_share_their_processes_and_one_that_fails_takes_no_other_with_it():
+    cases = Cases(2, _in_turn, {what: (what,) for what in ("first", "second", "fail", "third", "die", "last")})
+    with pytest.raises(AssertionError, match=r"rank 1 failed:(.|\n)*rank one is unhappy"):
+        cases["fail"]
+    with pytest.raises(AssertionError, match="rank 1 failed:\nit died without an answer"):
+        cases["die"]
+    found = {what: [total for total, _ in cases[what]] for what in ("first", "second", "third", "last")}
+    assert all(totals == [3, 3] for totals in found.values())
+    processes = {what: [process for _, process in cases[what]] for what in found}
+    assert processes["first"] == processes["second"] != processes["third"] != processes["last"]
     assert not multiprocessing.active_children()

@@ -3,8 +3,10 @@
 float64; 1e-10 of each parameter's largest gradient leaves room for another order of additions only.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import cache
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,21 +21,74 @@ from lightning_dualpipe.parallel.layout import ParallelLayout
 from lightning_dualpipe.pipeline.overlap import ORDERS
 from lightning_dualpipe.schedules import SCHEDULES, build_schedule, simulate
 from lightning_dualpipe.strategy.assembly import Assembly
-from tests.ranks import run_ranks
+from tests.ranks import Cases
 from tests.strategy.runs import SHAPE
 
 CONFIG = DeepSeekV3Config.from_preset("tiny", **{**SHAPE, "num_nextn_predict_layers": 2})  # type: ignore[typeddict-item]
+BIASES = {  # of routers
+    "uneven": (0.1, -0.1, -0.03, 0.03),  # as after some training
+    "starved": (9.0, 9.0, 0.0, 0.0),  # rank 1 of two expert ranks gets nothing
+}
 
 
-AFTER_SOME_TRAINING = (0.1, -0.1, -0.03, 0.03)
-STARVING_RANK_1 = (9.0, 9.0, 0.0, 0.0)  # of two expert ranks
+class Case(NamedTuple):
+    schedule: str
+    pipeline: int
+    expert: int
+    num_microbatches: int
+    order: str | None = "eager"  # None: nothing overlaps
+    bias: str = "uneven"
+    dispatcher: str = "auto"
+    per_node: int | None = None
+    recompute: Recompute = "none"
+
+    @property
+    def layout(self) -> ParallelLayout:
+        return ParallelLayout(
+            self.pipeline * self.expert, pipeline=self.pipeline, expert=self.expert, per_node=self.per_node
+        )
+
+    @property
+    def samples(self) -> int:
+        return self.num_microbatches * self.expert
+
+    def __str__(self) -> str:
+        return "-".join(map(str, self))
 
 
-def build(bias: Sequence[float] = AFTER_SOME_TRAINING, recompute: Recompute = "none") -> nn.Module:
+PLAIN = [
+    *(Case(schedule, 4, 1, 8) for schedule in SCHEDULES),
+    Case("dualpipe", 2, 1, 4),
+    Case("dualpipev", 2, 1, 3),
+    Case("dualpipe", 4, 1, 7),
+    Case("dualpipe", 2, 2, 4),
+    Case("zb1p", 2, 2, 3),
+]
+IN_ANY_ORDER = [
+    Case(schedule, 2, 2, 6, order, bias, "all_to_all")
+    for schedule in ("dualpipe", "dualpipev")
+    for order in (*ORDERS, None)
+    for bias in BIASES
+]
+ACROSS_NODES = [
+    Case("dualpipe", pipeline, expert, 6, order, bias, "node", per_node)
+    for pipeline, expert, per_node in ((1, 4, 2), (2, 2, 1), (2, 2, 2))
+    for order in (*ORDERS, None)
+    for bias in BIASES
+]
+RECOMPUTED = [
+    Case(schedule, 2, 2, 4, recompute=recompute)
+    for schedule in ("dualpipe", "zb1p")
+    for recompute in ("none", "selective", "full")
+]
+LONG = [Case(schedule, 2, 2, 8) for schedule in ("dualpipe", "dualpipev")]
+
+
+def build(bias: str = "uneven", recompute: Recompute = "none") -> nn.Module:
     owner = nn.Module()
     owner.model = Transformer(CONFIG, seed=1, recompute=recompute).double()
     for _, router in owner.model.routers():
-        router.e_score_correction_bias.copy_(torch.tensor(bias))
+        router.e_score_correction_bias.copy_(torch.tensor(BIASES[bias]))
     return owner
 
 
@@ -44,7 +99,8 @@ def build_batch(samples: int) -> Batch:
     return {"input_ids": tokens[:, :-1], "labels": labels}
 
 
-def uncut(samples: int, bias: Sequence[float]) -> tuple[float, dict[str, Tensor], list[list[int]]]:
+@cache
+def uncut(samples: int, bias: str) -> tuple[float, dict[str, Tensor], list[list[int]]]:
     owner = build(bias)
     out = owner.model(build_batch(samples))
     out["loss"].backward()
@@ -52,35 +108,25 @@ def uncut(samples: int, bias: Sequence[float]) -> tuple[float, dict[str, Tensor]
     return out["loss"].item(), gradients, [router.tokens_per_expert.tolist() for _, router in owner.model.routers()]
 
 
-def cut(
-    rank: int,
-    schedule: str,
-    layout: ParallelLayout,
-    samples: int,
-    num_microbatches: int,
-    order: str | None = "eager",
-    bias: Sequence[float] = AFTER_SOME_TRAINING,
-    dispatcher: str = "auto",
-    recompute: Recompute = "none",
-) -> tuple[float, Mapping[str, tuple[range | None, Tensor]], int, list[list[int]]]:
-    owner = build(bias, recompute)
+def cut(rank: int, case: Case) -> tuple[float, Mapping[str, tuple[range | None, Tensor]], int, list[list[int]]]:
+    owner, layout = build(case.bias, case.recompute), case.layout
     assembly = Assembly(
         owner,
         layout,
         Groups.create(layout, rank),
         rank=rank,
-        schedule=schedule,
-        num_microbatches=num_microbatches,
-        order=None if order is None else ORDERS[order],
+        schedule=case.schedule,
+        num_microbatches=case.num_microbatches,
+        order=None if case.order is None else ORDERS[case.order],
         device=torch.device("cpu"),
         context=nullcontext,
         main_gradients=False,
         convert=lambda module: module,
-        dispatcher=dispatcher,
+        dispatcher=case.dispatcher,
         dtype=torch.float64,
     )
     assembly.attach()
-    whole, share = build_batch(samples), samples // layout.data
+    whole, share = build_batch(case.samples), case.samples // layout.data
     mine = slice(layout.data_rank(rank) * share, (layout.data_rank(rank) + 1) * share)
     out = owner.model({name: value[mine] for name, value in whole.items()})
     out["loss"].backward()  # summed over all who hold the parameter
@@ -89,60 +135,23 @@ def cut(
     return out["loss"].item(), gradients, assembly.peak_held, counts
 
 
-CASES = [
-    *((schedule, 4, 1, 8) for schedule in SCHEDULES),
-    ("dualpipe", 2, 1, 4),
-    ("dualpipev", 2, 1, 3),
-    ("dualpipe", 4, 1, 7),
-    ("dualpipe", 2, 2, 4),
-    ("zb1p", 2, 2, 3),
-]
+RESULTS = {
+    world: Cases(world, cut, {str(case): (case,) for case in cases if case.layout.world == world})
+    for cases in [[*PLAIN, *IN_ANY_ORDER, *ACROSS_NODES, *RECOMPUTED, *LONG]]
+    for world in (2, 4)
+}
 
 
-@pytest.mark.parametrize(("schedule", "pipeline", "expert", "num_microbatches"), CASES)
-def test_gradients_are_those_of_the_uncut_model(
-    schedule: str, pipeline: int, expert: int, num_microbatches: int
-) -> None:
-    check(schedule, pipeline, expert, num_microbatches)
+def results_of(case: Case) -> list[Any]:
+    return RESULTS[case.layout.world][str(case)]
 
 
-@pytest.mark.parametrize("bias", [AFTER_SOME_TRAINING, STARVING_RANK_1], ids=["uneven", "starved"])
-@pytest.mark.parametrize("order", [*ORDERS, None])
-@pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev"])
-def test_in_whatever_order_a_pair_is_launched(schedule: str, order: str | None, bias: Sequence[float]) -> None:
-    """None: nothing overlaps."""
-    check(schedule, 2, 2, 6, order=order, bias=bias, dispatcher="all_to_all")
-
-
-@pytest.mark.parametrize("bias", [AFTER_SOME_TRAINING, STARVING_RANK_1], ids=["uneven", "starved"])
-@pytest.mark.parametrize("order", [*ORDERS, None])
-@pytest.mark.parametrize(("pipeline", "expert", "per_node"), [(1, 4, 2), (2, 2, 1), (2, 2, 2)])
-def test_tokens_that_cross_to_each_node_once(
-    pipeline: int, expert: int, per_node: int, order: str | None, bias: Sequence[float]
-) -> None:
-    check("dualpipe", pipeline, expert, 6, order=order, bias=bias, dispatcher="node", per_node=per_node)
-
-
-def check(
-    schedule: str,
-    pipeline: int,
-    expert: int,
-    num_microbatches: int,
-    *,
-    order: str | None = "eager",
-    bias: Sequence[float] = AFTER_SOME_TRAINING,
-    dispatcher: str = "auto",
-    per_node: int | None = None,
-) -> None:
-    layout = ParallelLayout(pipeline * expert, pipeline=pipeline, expert=expert, per_node=per_node)
-    samples = num_microbatches * expert
-    loss, expected, counts = uncut(samples, bias)
-    assert (bias is STARVING_RANK_1) == (not any(sum(each[2:]) for each in counts))
-
-    results = run_ranks(layout.world, cut, schedule, layout, samples, num_microbatches, order, bias, dispatcher)
+def check(case: Case) -> None:
+    loss, expected, counts = uncut(case.samples, case.bias)
+    assert (case.bias == "starved") == (not any(sum(each[2:]) for each in counts))
 
     seen = {name: torch.zeros(len(gradient), dtype=torch.bool) for name, gradient in expected.items()}
-    for rank_loss, gradients, *_ in results:
+    for rank_loss, gradients, *_ in results_of(case):
         assert rank_loss == pytest.approx(loss, rel=1e-12)
         for name, (rows, gradient) in gradients.items():
             rows = rows or range(len(expected[name]))
@@ -153,13 +162,25 @@ def check(
     assert all(rows.all() for rows in seen.values()), "some parameter is on no rank"
 
 
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_gradients_are_those_of_the_uncut_model(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("case", IN_ANY_ORDER, ids=str)
+def test_in_whatever_order_a_pair_is_launched(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("case", ACROSS_NODES, ids=str)
+def test_tokens_that_cross_to_each_node_once(case: Case) -> None:
+    check(case)
+
+
 @pytest.mark.parametrize("schedule", ["dualpipe", "zb1p"])
 def test_recomputing_changes_no_bit_though_weight_gradients_wait_and_experts_are_spread(schedule: str) -> None:
-    layout = ParallelLayout(4, pipeline=2, expert=2)
-    want, *others = (
-        run_ranks(layout.world, cut, schedule, layout, 8, 4, "eager", AFTER_SOME_TRAINING, "auto", recompute)
-        for recompute in ("none", "selective", "full")
-    )
+    want, *others = (results_of(case) for case in RECOMPUTED if case.schedule == schedule)
+    assert len(others) == 2
     for results in others:
         for (loss, gradients, _, counts), (expected_loss, expected, _, expected_counts) in zip(
             results, want, strict=True
@@ -176,12 +197,12 @@ def test_no_rank_holds_more_microbatches_than_the_simulation_says(schedule: str,
 
     Some hold less: without traffic the backward of a pair ends before its forward begins.
     """
-    results = run_ranks(4, cut, schedule, ParallelLayout(4, pipeline=4), 8, 8)
+    results = results_of(Case(schedule, 4, 1, 8))
     peaks, simulated = [peak for _, _, peak, _ in results], simulate(build_schedule(schedule, 4, 8)).peak
     assert all(peak <= most for peak, most in zip(peaks, simulated, strict=True)) and max(peaks) == highest
 
 
-@pytest.mark.parametrize(("schedule", "expected"), [("dualpipe", 3), ("dualpipev", 5)])
-def test_a_pair_that_overlaps_holds_both_of_its_microbatches(schedule: str, expected: int) -> None:
-    results = run_ranks(4, cut, schedule, ParallelLayout(4, pipeline=2, expert=2), 16, 8)
-    assert [peak for _, _, peak, _ in results] == [expected] * 4 == [*simulate(build_schedule(schedule, 2, 8)).peak] * 2
+@pytest.mark.parametrize(("case", "expected"), [*zip(LONG, (3, 5), strict=True)], ids=str)
+def test_a_pair_that_overlaps_holds_both_of_its_microbatches(case: Case, expected: int) -> None:
+    simulated = simulate(build_schedule(case.schedule, 2, 8)).peak
+    assert [peak for _, _, peak, _ in results_of(case)] == [expected] * 4 == [*simulated] * 2
