@@ -5,16 +5,20 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
 from lightning_dualpipe import DeepSeekV3, DualPipeStrategy, TextDataModule
+from lightning_dualpipe.deepseek_v3.recompute import Recompute
 from lightning_dualpipe.interface import ReplicaAware
+from lightning_dualpipe.pipeline.overlap import ORDERS
 from tests.ranks import run_ranks
 
 SHAPE = {
@@ -40,6 +44,12 @@ SHAPE = {
 }
 
 
+ROUTING = {  # biases of all routers at the start
+    "uneven": (0.1, -0.1, -0.03, 0.03),
+    "starved": (9.0, 9.0, 0.0, 0.0),  # the second half of the experts gets nothing
+}
+
+
 @dataclass(frozen=True)
 class Run:
     """``strategy=None`` is ``Trainer(strategy="auto")`` in one process."""
@@ -55,6 +65,9 @@ class Run:
     corpus: str = ""
     padded: bool = False
     global_batch: int = 8
+    recompute: Recompute = "none"
+    order: str | None = None  # in which pairs of microbatches are launched; None: what this device takes
+    routing: str = "even"  # that of fresh biases; or one of ROUTING
     trainer: Mapping[str, Any] = field(default_factory=dict)
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
@@ -69,6 +82,7 @@ class Run:
 class Result:
     losses: list[float]
     norms: list[float]  # before clipping
+    evaluated: list[float]  # losses of validations
     biases: dict[str, list[float]]  # by router, of the layers on this rank
     counts: dict[str, list[int]]  # tokens per expert of the last step
 
@@ -77,9 +91,13 @@ class Recorder(L.Callback):
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.norms: list[float] = []
+        self.evaluated: list[float] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         self.losses.append(float(trainer.callback_metrics["train_loss"]))
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.evaluated.append(float(trainer.callback_metrics["val_loss"]))
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         strategy = trainer.strategy
@@ -90,6 +108,15 @@ class Recorder(L.Callback):
             self.norms.append(float(nn.utils.get_total_norm(gradients)))
 
 
+class Skew(L.Callback):
+    def __init__(self, biases: Sequence[float]) -> None:
+        self.biases = torch.tensor(biases)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for _, router in pl_module.model.routers():  # type: ignore[union-attr, operator]
+            router.e_score_correction_bias.copy_(self.biases)
+
+
 def train_everywhere(run: Run) -> list[Result]:
     """The results of all ranks; of one for ``auto``."""
     return run_ranks(run.world, train, run, timeout=240)
@@ -98,12 +125,14 @@ def train_everywhere(run: Run) -> list[Result]:
 def train(rank: int, run: Run) -> Result:
     trainer, module, data = build(rank, run)
     recorder = next(c for c in trainer.callbacks if isinstance(c, Recorder))
-    trainer.fit(module, data)
+    where = "lightning_dualpipe.strategy.strategy.launch_order"
+    with patch(where, lambda _: ORDERS[run.order]) if run.order else nullcontext():
+        trainer.fit(module, data)
     biases, counts = {}, {}
     if isinstance(module, DeepSeekV3):
         biases = {name: router.e_score_correction_bias.tolist() for name, router in module.model.routers()}
         counts = {name: load.tolist() for name, load in module.expert_load.items()}
-    return Result(recorder.losses, recorder.norms, biases, counts)
+    return Result(recorder.losses, recorder.norms, recorder.evaluated, biases, counts)
 
 
 def build(
@@ -120,7 +149,7 @@ def build(
         max_steps=run.steps,
         accumulate_grad_batches=run.accumulate,
         gradient_clip_val=run.clip,
-        callbacks=[Recorder(), *callbacks],
+        callbacks=[Recorder(), *([Skew(ROUTING[run.routing])] if run.routing != "even" else []), *callbacks],
         **{**QUIET, **run.trainer},
     )
     return trainer, build_module(run), build_data(run)
@@ -138,7 +167,7 @@ QUIET: Mapping[str, Any] = {
 def build_module(run: Run) -> L.LightningModule:
     if run.model == "deepseek_v3":
         overrides = {**SHAPE, **run.overrides}
-        return DeepSeekV3("tiny", overrides, learning_rate=1e-2, warmup_steps=5)  # type: ignore[arg-type]
+        return DeepSeekV3("tiny", overrides, learning_rate=1e-2, warmup_steps=5, recompute=run.recompute)  # type: ignore[arg-type]
     from examples.your_own_model import LanguageModel
 
     return LanguageModel(width=32, depth=6, heads=2)

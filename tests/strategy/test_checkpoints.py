@@ -1,6 +1,6 @@
 """A checkpoint is that of the uncut model, whoever wrote it, and a run goes on from it under any layout."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any] | None]] = {
     "dualpipe pp2 ep2": (4, {"pipeline_parallel_size": 2, "expert_parallel_size": 2}),
     "dualpipev pp2": (2, {"schedule": "dualpipev", "pipeline_parallel_size": 2}),
     "1f1b pp4": (4, {"schedule": "1f1b", "pipeline_parallel_size": 4}),
+    "pp1 ep2": (2, {"pipeline_parallel_size": 1, "expert_parallel_size": 2}),
 }
 
 
@@ -31,6 +32,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 def run_under(layout: str, corpus: str) -> Run:
     world, strategy = LAYOUTS[layout]
     return Run(strategy=strategy, world=world, corpus=corpus, steps=STEPS, overrides={"tie_word_embeddings": True})
+
+
+def in_its_ranks(run: Run, fn: Callable[..., Any], *args: Any) -> list[Any]:
+    return run_ranks(run.world, fn, run, *args, timeout=240) if run.world > 1 else [fn(0, run, *args)]
 
 
 def save(rank: int, run: Run, folder: str) -> None:
@@ -55,7 +60,7 @@ def saved(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     for layout in LAYOUTS:
         run = run_under(layout, corpus)
         folders[layout] = tmp_path_factory.mktemp("saved")
-        run_ranks(run.world, save, run, str(folders[layout]), timeout=240)
+        in_its_ranks(run, save, str(folders[layout]))
     return folders
 
 
@@ -81,13 +86,13 @@ def test_a_checkpoint_is_the_one_that_auto_writes(layout: str, saved: dict[str, 
     ("written", "resumed"),
     [("dualpipe pp2 ep2", other) for other in LAYOUTS]
     + [(other, "dualpipe pp2 ep2") for other in LAYOUTS if other != "dualpipe pp2 ep2"]
-    + [("1f1b pp4", "dualpipev pp2")],
+    + [("1f1b pp4", "dualpipev pp2"), ("pp1 ep2", "pp1 ep2")],
 )
 def test_a_run_goes_on_under_any_layout(
     written: str, resumed: str, corpus: str, saved: dict[str, Path], uninterrupted: list[float]
 ) -> None:
     run = run_under(resumed, corpus)
-    for losses in run_ranks(run.world, resume, run, str(saved[written] / f"step={SAVED_AT}.ckpt"), timeout=240):
+    for losses in in_its_ranks(run, resume, str(saved[written] / f"step={SAVED_AT}.ckpt")):
         assert losses == pytest.approx(uninterrupted[SAVED_AT:], abs=1e-9)
 
 

@@ -6,11 +6,14 @@ float64 leaves six orders of magnitude for 30 steps of AdamW to amplify that.
 """
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 
+from lightning_dualpipe.deepseek_v3.recompute import Recompute
+from tests.ranks import Cases
 from tests.strategy.runs import Result, Run, gathered, same_everywhere, train, train_everywhere, write_corpus
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # name -> number of processes, DualPipeStrategy's arguments
@@ -23,6 +26,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # name -> number of processe
     "gpipe pp4": (4, {"schedule": "gpipe", "pipeline_parallel_size": 4}),
     "dualpipe pp2 dp2": (4, {"schedule": "dualpipe", "pipeline_parallel_size": 2}),
     "dualpipe pp2 ep2": (4, {"schedule": "dualpipe", "pipeline_parallel_size": 2, "expert_parallel_size": 2}),
+    "dualpipev pp2 ep2": (4, {"schedule": "dualpipev", "pipeline_parallel_size": 2, "expert_parallel_size": 2}),
+    "zb1p pp2 ep2": (4, {"schedule": "zb1p", "pipeline_parallel_size": 2, "expert_parallel_size": 2}),
     "pp1 ep2": (2, {"pipeline_parallel_size": 1, "expert_parallel_size": 2}),
     "pp1 ep4": (4, {"pipeline_parallel_size": 1, "expert_parallel_size": 4}),
     "pp1 ep4 on two nodes": (4, {"pipeline_parallel_size": 1, "expert_parallel_size": 4}),
@@ -34,14 +39,42 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # name -> number of processe
     "dualpipe pp4, 2 microbatches": (4, {"pipeline_parallel_size": 4, "num_microbatches": 2}),
 }
 NODES = {"pp1 ep4 on two nodes": 2}
+# Each layout once more: a launch order ("off": nothing overlaps), what is recomputed, and how tokens are routed. Every
+# two settings meet in some row; all of them meet in tests/pipeline/test_gradients.py.
+SETTINGS: dict[str, tuple[str, Recompute, str]] = {
+    "dualpipe pp2": ("off", "none", "starved"),
+    "dualpipe pp4": ("off", "selective", "uneven"),
+    "dualpipev pp2": ("off", "full", "uneven"),
+    "dualpipev pp4": ("traced", "selective", "starved"),
+    "zb1p pp4": ("traced", "full", "uneven"),
+    "1f1b pp4": ("off", "full", "starved"),
+    "gpipe pp4": ("traced", "selective", "uneven"),
+    "dualpipe pp2 dp2": ("eager", "full", "starved"),
+    "dualpipe pp2 ep2": ("traced", "selective", "starved"),
+    "dualpipev pp2 ep2": ("off", "full", "uneven"),
+    "zb1p pp2 ep2": ("traced", "full", "uneven"),
+    "pp1 ep2": ("eager", "selective", "starved"),
+    "pp1 ep4": ("traced", "full", "starved"),
+    "pp1 ep4 on two nodes": ("off", "selective", "starved"),
+    "pp1 ep4, one row per expert": ("traced", "none", "uneven"),
+    "dualpipe pp2, 1 microbatch": ("traced", "selective", "uneven"),
+    "dualpipe pp4, 2 microbatches": ("eager", "full", "uneven"),
+}
+EVALUATED = {"limit_val_batches": 2, "val_check_interval": 5, "num_sanity_val_steps": 0}
 VARIANTS: dict[str, dict[str, Any]] = {  # name -> what is different from the plain Run
-    "accumulation over 2 batches": {"accumulate": 2, "steps": 15},
-    "a user's own model": {"model": "gpt"},
-    "padded sequences": {"padded": True},
-    "tied embeddings": {"overrides": {"tie_word_embeddings": True}},
+    "accumulation over 2 batches": {"accumulate": 2, "steps": 8},
+    "a user's own model": {"model": "gpt", "steps": 10},
+    "padded sequences": {"padded": True, "steps": 10},
+    "tied embeddings": {"overrides": {"tie_word_embeddings": True}, "steps": 10},
     "two depths of multi-token prediction": {"overrides": {"num_nextn_predict_layers": 2}, "steps": 10},
     "without multi-token prediction": {"overrides": {"num_nextn_predict_layers": 0}, "steps": 10},
 }
+VARIED = [
+    *(("dualpipe pp2 ep2", variant) for variant in VARIANTS),
+    ("1f1b pp4", "tied embeddings"),
+    *(("pp1 ep2", variant) for variant in ("accumulation over 2 batches", "tied embeddings")),
+    *(("pp1 ep4", variant) for variant in ("padded sequences", "two depths of multi-token prediction")),
+]
 
 
 @pytest.fixture(scope="module")
@@ -60,30 +93,76 @@ def in_one_process(run: Run) -> Result:
     return _ALONE[key]
 
 
-def check_equal(run: Run, *, tolerance: float) -> None:
-    alone = in_one_process(replace(run, strategy=None, world=1, nodes=1))
-    results = train_everywhere(run)
+def check_equal(run: Run, *, tolerance: float, results: list[Result] | None = None) -> Result:
+    alone = in_one_process(replace(run, strategy=None, world=1, nodes=1, recompute="none", order=None))
+    results = results or train_everywhere(run)
 
     losses, norms = same_everywhere(results), torch.tensor(results[0].norms, dtype=torch.float64)
     expected = torch.tensor(alone.losses, dtype=torch.float64)
     assert expected[-1] < expected[0] - 0.5, "the run must learn something, or equality says little"
     assert (losses - expected).abs().max() <= tolerance
     torch.testing.assert_close(norms, torch.tensor(alone.norms, dtype=torch.float64), rtol=tolerance, atol=tolerance)
+    for result in results:
+        assert result.evaluated == pytest.approx(alone.evaluated, abs=tolerance)
     if tolerance < 1e-6:
         assert gathered(results, "counts") == alone.counts
         assert gathered(results, "biases") == alone.biases
+    return alone
+
+
+_TOGETHER: dict[str, Cases] = {}
+
+
+def runs_of(layout: str, corpus: str) -> dict[str, Run]:
+    world, strategy = LAYOUTS[layout]
+    order, recompute, routing = SETTINGS[layout]
+    plain = Run(strategy=strategy, world=world, nodes=NODES.get(layout, 1), corpus=corpus)
+    other = replace(
+        plain,
+        strategy={**strategy, "overlap": order != "off"},
+        order=None if order == "off" else order,
+        recompute=recompute,
+        routing=routing,
+        steps=5,
+        accumulate=2,
+        trainer=EVALUATED,
+    )
+    return {"plain": plain, "other settings": other}
+
+
+def results_of(layout: str, name: str, corpus: str) -> list[Result]:
+    """Both runs of a layout share their processes."""
+    if layout not in _TOGETHER:
+        runs = {each: (run,) for each, run in runs_of(layout, corpus).items()}
+        _TOGETHER[layout] = Cases(LAYOUTS[layout][0], train, runs, timeout=240)
+    return _TOGETHER[layout][name]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_losses_norms_and_routing_are_those_of_one_process(layout: str, corpus: str) -> None:
-    world, strategy = LAYOUTS[layout]
-    check_equal(Run(strategy=strategy, world=world, nodes=NODES.get(layout, 1), corpus=corpus), tolerance=1e-9)
+    run = runs_of(layout, corpus)["plain"]
+    check_equal(run, tolerance=1e-9, results=results_of(layout, "plain", corpus))
 
 
-@pytest.mark.parametrize(
-    ("layout", "variant"),
-    [*(("dualpipe pp2 ep2", variant) for variant in VARIANTS), ("1f1b pp4", "tied embeddings")],
-)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_so_they_are_in_any_order_recomputed_and_with_experts_that_starve(layout: str, corpus: str) -> None:
+    """Over accumulated batches, with evaluations between them."""
+    run = runs_of(layout, corpus)["other settings"]
+    alone = check_equal(run, tolerance=1e-9, results=results_of(layout, "other settings", corpus))
+    assert len(alone.evaluated) == 2
+    starving = not any(count for counts in alone.counts.values() for count in counts[len(counts) // 2 :])
+    assert starving == (run.routing == "starved")
+
+
+def test_every_two_settings_meet() -> None:
+    plain = ("eager", "none", "even")
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        kinds = {settings[one] for settings in SETTINGS.values()}, {settings[other] for settings in SETTINGS.values()}
+        met = {(settings[one], settings[other]) for settings in (*SETTINGS.values(), plain)}
+        assert met >= set(product(*kinds))
+
+
+@pytest.mark.parametrize(("layout", "variant"), VARIED)
 def test_variants_of_the_run_are_those_of_one_process(layout: str, variant: str, corpus: str) -> None:
     world, strategy = LAYOUTS[layout]
     check_equal(Run(strategy=strategy, world=world, corpus=corpus, **VARIANTS[variant]), tolerance=1e-9)

@@ -16,7 +16,7 @@ from torch.optim import SGD, Adafactor, AdamW, Optimizer
 
 from lightning_dualpipe import DualPipeStrategy
 from tests.ranks import run_ranks
-from tests.strategy.runs import Recorder, Run, build, write_corpus
+from tests.strategy.runs import Recorder, Run, build, build_module, write_corpus
 
 STEPS = 8
 ELEMENTWISE: Mapping[str, Callable[[Any], Optimizer]] = {
@@ -107,3 +107,33 @@ def test_any_optimizer_gives_the_run_of_one_process_with_states_on_one_rank_each
             per_byte = expected.state_bytes / expected.fair_share
             for found in outcomes:
                 assert found.state_bytes == pytest.approx(found.fair_share * per_byte, rel=0.05), name
+
+
+def bytes_in_bfloat16(rank: int, run: Run) -> tuple[int, int, float]:
+    """Of main weights, of the states that belong to them, and of a fair share of all weights in float32."""
+    trainer, module, data = build(rank, run)
+    make = MethodType(lambda self: OPTIMIZERS["AdamW"](self.parameters()), module)
+    module.configure_optimizers = make  # type: ignore[method-assign]
+    trainer.fit(module, data)
+    assert isinstance(trainer.strategy, DualPipeStrategy) and trainer.strategy.assembly is not None
+    assembly, states = trainer.strategy.assembly, trainer.optimizers[0].state
+    assert {weight.dtype for weight in states} == {torch.float32}
+    named = assembly.named_parameters()
+    assert {parameter.dtype for parameter in named.values()} == {torch.bfloat16}
+    share = sum(4 * p.numel() / assembly.replicas.num_holders(name) for name, p in named.items())
+    moments = [value for state in states.values() for value in state.values() if value.ndim]
+    return sum(weight.nbytes for weight in states), sum(value.nbytes for value in moments), share
+
+
+@pytest.mark.parametrize("layout", ["dualpipe pp2 dp2", "pp1 ep4"])
+def test_main_weights_are_on_one_rank_each_like_the_states_that_belong_to_them(layout: str, corpus: str) -> None:
+    world, strategy = LAYOUTS[layout]
+    run = Run(strategy=strategy, world=world, corpus=corpus, steps=2, precision="bf16-true")
+
+    found = run_ranks(world, bytes_in_bfloat16, run, timeout=240)
+
+    whole = sum(4 * parameter.numel() for parameter in build_module(run).parameters())
+    assert sum(mains for mains, _, _ in found) == whole
+    for mains, moments, share in found:
+        assert mains == pytest.approx(share, rel=0.05)
+        assert moments == 2 * mains
