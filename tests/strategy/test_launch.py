@@ -33,7 +33,7 @@ def test_every_way_to_start_a_run_gives_the_losses_of_a_single_process(tmp_path)
     ended = run_together(
         {
             "console script": Program([[str(console_script(tmp_path)), "--devices", "2"]]),
-            "torchrun": Program([[*TORCHRUN, "--standalone", "--nproc-per-node=4", SCRIPT[1], "--devices=4", *FOUR]]),
+            "torchrun": Program([[*TORCHRUN, "--standalone", "--nproc-per-node=2", SCRIPT[1], "--devices=2"]]),
             "torchrun on two nodes": two_nodes(free_port()),
             "SLURM, requeued": slurm(tmp_path),
         },
