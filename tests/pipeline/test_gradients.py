@@ -64,15 +64,15 @@ PLAIN = [
     Case("dualpipe", 2, 2, 4),
     Case("zb1p", 2, 2, 3),
 ]
-IN_ANY_ORDER = [
-    Case(schedule, 2, 2, 6, order, bias, "all_to_all")
-    for schedule in ("dualpipe", "dualpipev")
+IN_ANY_ORDER = [  # with two or more pairs on every rank
+    Case(schedule, 2, 2, num_microbatches, order, bias, "all_to_all")
+    for schedule, num_microbatches in (("dualpipe", 5), ("dualpipev", 4))
     for order in (*ORDERS, None)
     for bias in BIASES
 ]
 ACROSS_NODES = [
-    Case("dualpipe", pipeline, expert, 6, order, bias, "node", per_node)
-    for pipeline, expert, per_node in ((1, 4, 2), (2, 2, 1), (2, 2, 2))
+    Case("dualpipe", pipeline, expert, num_microbatches, order, bias, "node", per_node)
+    for pipeline, expert, per_node, num_microbatches in ((1, 4, 2, 4), (2, 2, 1, 5), (2, 2, 2, 5))
     for order in (*ORDERS, None)
     for bias in BIASES
 ]
