@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, cast, get_args
 
@@ -37,6 +38,7 @@ from lightning_dualpipe.deepseek_v3.padding import MASK
 from lightning_dualpipe.deepseek_v3.recompute import Recompute
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.interface import Batch, ReplicaAware
+from lightning_dualpipe.precision.bf16_adamw import BF16AdamW
 
 __all__ = ["DeepSeekV3"]
 
@@ -54,6 +56,7 @@ class DeepSeekV3(Generates, LightningModule):
         warmup_steps: optimizer steps in which the rate rises from zero.
         weight_decay: of matrices; norms and biases have none.
         betas: of AdamW.
+        moments: what AdamW keeps its two moments in. The report's are in ``bfloat16``, in half the memory.
         balance_tokens: tokens after which the routers' biases stay as they are (report: 14.3T of 14.8T).
         mtp_loss_weights: weight of multi-token prediction from a number of tokens on, for instance
             ``{0: 0.3, 10000000000000: 0.1}``. Default: the configuration's, throughout.
@@ -80,6 +83,7 @@ class DeepSeekV3(Generates, LightningModule):
         warmup_steps: int = 2000,
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
+        moments: Literal["float32", "bfloat16"] = "float32",
         balance_tokens: float = math.inf,
         mtp_loss_weights: dict[int, float] | None = None,
         recompute: Recompute = "none",
@@ -93,6 +97,8 @@ class DeepSeekV3(Generates, LightningModule):
                 "vary that by config.with_overrides(…), or leave it out"
             )
         check_token_ids(token_ids or {})
+        if moments not in ("float32", "bfloat16"):
+            raise ConfigurationError(f"moments={moments!r} is neither 'float32' nor 'bfloat16'")
         if recompute not in get_args(Recompute):
             raise ConfigurationError(f"recompute={recompute!r} is not one of {', '.join(get_args(Recompute))}")
         self.config = config or DeepSeekV3Config.from_preset(preset or "tiny", **(overrides or {}))
@@ -107,6 +113,7 @@ class DeepSeekV3(Generates, LightningModule):
                 "warmup_steps": warmup_steps,
                 "weight_decay": weight_decay,
                 "betas": tuple(betas),
+                "moments": moments,
                 "balance_tokens": balance_tokens,
                 "mtp_loss_weights": mtp_loss_weights,
                 "recompute": recompute,
@@ -289,7 +296,8 @@ class DeepSeekV3(Generates, LightningModule):
         ]
         # mixed precision plugins refuse to clip gradients for optimizers that can unscale them, as the fused one can
         fused = "mixed" not in str(self.trainer.precision)
-        optimizer = AdamW(groups, lr=hparams["learning_rate"], betas=tuple(hparams["betas"]), fused=fused)
+        make = BF16AdamW if hparams["moments"] == "bfloat16" else partial(AdamW, fused=fused)
+        optimizer: torch.optim.Optimizer = make(groups, lr=hparams["learning_rate"], betas=tuple(hparams["betas"]))
         needs_end = hparams["learning_rate_schedule"] == "cosine"
         factor = learning_rate_factor(
             hparams["learning_rate_schedule"],
