@@ -12,16 +12,14 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self, cast, get_args
+from typing import Any, Self, cast, get_args
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
@@ -34,11 +32,11 @@ from lightning_dualpipe.deepseek_v3.hf_names import Part, parts_of
 from lightning_dualpipe.deepseek_v3.hf_writer import FileDtype, save_together
 from lightning_dualpipe.deepseek_v3.learning_rate import LearningRateSchedule, learning_rate_factor
 from lightning_dualpipe.deepseek_v3.model import Transformer
+from lightning_dualpipe.deepseek_v3.optimizer import Moments, build_optimizer, check_moments
 from lightning_dualpipe.deepseek_v3.padding import MASK
 from lightning_dualpipe.deepseek_v3.recompute import Recompute
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.interface import Batch, ReplicaAware
-from lightning_dualpipe.precision.bf16_adamw import BF16AdamW
 
 __all__ = ["DeepSeekV3"]
 
@@ -83,7 +81,7 @@ class DeepSeekV3(Generates, LightningModule):
         warmup_steps: int = 2000,
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
-        moments: Literal["float32", "bfloat16"] = "float32",
+        moments: Moments = "float32",
         balance_tokens: float = math.inf,
         mtp_loss_weights: dict[int, float] | None = None,
         recompute: Recompute = "none",
@@ -97,8 +95,7 @@ class DeepSeekV3(Generates, LightningModule):
                 "vary that by config.with_overrides(…), or leave it out"
             )
         check_token_ids(token_ids or {})
-        if moments not in ("float32", "bfloat16"):
-            raise ConfigurationError(f"moments={moments!r} is neither 'float32' nor 'bfloat16'")
+        check_moments(moments)
         if recompute not in get_args(Recompute):
             raise ConfigurationError(f"recompute={recompute!r} is not one of {', '.join(get_args(Recompute))}")
         self.config = config or DeepSeekV3Config.from_preset(preset or "tiny", **(overrides or {}))
@@ -287,17 +284,15 @@ class DeepSeekV3(Generates, LightningModule):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         hparams = self.hparams
-        decayed = [parameter for parameter in self.parameters() if parameter.ndim >= 2]
-        others = [parameter for parameter in self.parameters() if parameter.ndim < 2]
-        # a rank may hold none of a kind; an empty group keeps the numbering of groups equal on all ranks
-        groups = [
-            {"params": decayed, "weight_decay": hparams["weight_decay"]},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        # mixed precision plugins refuse to clip gradients for optimizers that can unscale them, as the fused one can
-        fused = "mixed" not in str(self.trainer.precision)
-        make = BF16AdamW if hparams["moments"] == "bfloat16" else partial(AdamW, fused=fused)
-        optimizer: torch.optim.Optimizer = make(groups, lr=hparams["learning_rate"], betas=tuple(hparams["betas"]))
+        optimizer = build_optimizer(
+            self.parameters(),
+            learning_rate=hparams["learning_rate"],
+            weight_decay=hparams["weight_decay"],
+            betas=tuple(hparams["betas"]),
+            moments=hparams["moments"],
+            # mixed precision plugins refuse to clip gradients for optimizers that can unscale them, as the fused can
+            fused="mixed" not in str(self.trainer.precision),
+        )
         needs_end = hparams["learning_rate_schedule"] == "cosine"
         factor = learning_rate_factor(
             hparams["learning_rate_schedule"],
