@@ -31,6 +31,9 @@ from lightning_dualpipe.errors import CheckpointError
 ROOT = Path(__file__).parent.parent
 PATIENCE = 240.0  # seconds in which a start must come to its first step, on a busy machine
 COMPARED = 5  # last losses
+# torchrun 2.13 keeps its store from one attempt to the next, with the addresses of the ranks that died; gloo then
+# waits for these, for ever. With this it makes a new one.
+NEW_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 @dataclass
@@ -88,7 +91,7 @@ class Run:
         self.log = open(folder / "log", "w")  # noqa: SIM115  # as long as the run
         self.process = subprocess.Popen(
             [*torchrun, "--max-restarts", "1000", program, *arguments],
-            env={**os.environ, **dict([self.mark.split("=")]), "PYTHONPATH": str(ROOT)},
+            env={**os.environ, **dict([self.mark.split("=")]), "PYTHONPATH": str(ROOT), **NEW_STORE},
             cwd=folder,
             stdout=self.log,
             stderr=subprocess.STDOUT,

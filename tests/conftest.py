@@ -6,6 +6,7 @@ What "nothing" is: ``tests/leaks.py``.
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,8 @@ ROOT = Path(__file__).parent.parent
 def pytest_configure() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks share the cores; results depend on no thread count
     os.environ[SESSION_NAME] = SESSION_ID
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started with "&" by a script: so would be all it starts
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Tests leave this folder, and start programs elsewhere, which must find the package all the same.
     if "PYTHONPATH" in os.environ:
         paths = os.environ["PYTHONPATH"].split(os.pathsep)

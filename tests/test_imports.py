@@ -64,7 +64,7 @@ PLACES = {
     ),
     "_autoload": Place(own={"errors", "strategy"}),
     "__init__": Place(
-        own={"_autoload"}, for_types={"strategy", "plugins", "deepseek_v3", "data", "errors", "interface"}
+        own={"_autoload"}, for_types={"strategy", "plugins", "deepseek_v3", "data", "checkpoint", "errors", "interface"}
     ),
 }
 

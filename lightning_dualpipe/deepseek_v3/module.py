@@ -20,7 +20,6 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
@@ -33,6 +32,7 @@ from lightning_dualpipe.deepseek_v3.hf_names import Part, parts_of
 from lightning_dualpipe.deepseek_v3.hf_writer import FileDtype, save_together
 from lightning_dualpipe.deepseek_v3.learning_rate import LearningRateSchedule, learning_rate_factor
 from lightning_dualpipe.deepseek_v3.model import Transformer
+from lightning_dualpipe.deepseek_v3.optimizer import Moments, build_optimizer, check_moments
 from lightning_dualpipe.deepseek_v3.padding import MASK
 from lightning_dualpipe.deepseek_v3.recompute import Recompute
 from lightning_dualpipe.errors import ConfigurationError
@@ -54,6 +54,7 @@ class DeepSeekV3(Generates, LightningModule):
         warmup_steps: optimizer steps in which the rate rises from zero.
         weight_decay: of matrices; norms and biases have none.
         betas: of AdamW.
+        moments: what AdamW keeps its two moments in. The report's are in ``bfloat16``, in half the memory.
         balance_tokens: tokens after which the routers' biases stay as they are (report: 14.3T of 14.8T).
         mtp_loss_weights: weight of multi-token prediction from a number of tokens on, for instance
             ``{0: 0.3, 10000000000000: 0.1}``. Default: the configuration's, throughout.
@@ -80,6 +81,7 @@ class DeepSeekV3(Generates, LightningModule):
         warmup_steps: int = 2000,
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
+        moments: Moments = "float32",
         balance_tokens: float = math.inf,
         mtp_loss_weights: dict[int, float] | None = None,
         recompute: Recompute = "none",
@@ -93,6 +95,7 @@ class DeepSeekV3(Generates, LightningModule):
                 "vary that by config.with_overrides(…), or leave it out"
             )
         check_token_ids(token_ids or {})
+        check_moments(moments)
         if recompute not in get_args(Recompute):
             raise ConfigurationError(f"recompute={recompute!r} is not one of {', '.join(get_args(Recompute))}")
         self.config = config or DeepSeekV3Config.from_preset(preset or "tiny", **(overrides or {}))
@@ -107,6 +110,7 @@ class DeepSeekV3(Generates, LightningModule):
                 "warmup_steps": warmup_steps,
                 "weight_decay": weight_decay,
                 "betas": tuple(betas),
+                "moments": moments,
                 "balance_tokens": balance_tokens,
                 "mtp_loss_weights": mtp_loss_weights,
                 "recompute": recompute,
@@ -280,16 +284,15 @@ class DeepSeekV3(Generates, LightningModule):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         hparams = self.hparams
-        decayed = [parameter for parameter in self.parameters() if parameter.ndim >= 2]
-        others = [parameter for parameter in self.parameters() if parameter.ndim < 2]
-        # a rank may hold none of a kind; an empty group keeps the numbering of groups equal on all ranks
-        groups = [
-            {"params": decayed, "weight_decay": hparams["weight_decay"]},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        # mixed precision plugins refuse to clip gradients for optimizers that can unscale them, as the fused one can
-        fused = "mixed" not in str(self.trainer.precision)
-        optimizer = AdamW(groups, lr=hparams["learning_rate"], betas=tuple(hparams["betas"]), fused=fused)
+        optimizer = build_optimizer(
+            self.parameters(),
+            learning_rate=hparams["learning_rate"],
+            weight_decay=hparams["weight_decay"],
+            betas=tuple(hparams["betas"]),
+            moments=hparams["moments"],
+            # mixed precision plugins refuse to clip gradients for optimizers that can unscale them, as the fused can
+            fused="mixed" not in str(self.trainer.precision),
+        )
         needs_end = hparams["learning_rate_schedule"] == "cosine"
         factor = learning_rate_factor(
             hparams["learning_rate_schedule"],

@@ -180,7 +180,8 @@ class ShardedOptimizer:
         """By name, of those parameters that this rank owns at least a part of."""
         self.order: WholeOrder | None = None
         """As far as it is known: parameters may have come later."""
-        self.elementwise = type(optimizer) in _ELEMENTWISE
+        says_so = vars(type(optimizer)).get("elementwise", False)  # of its own class: a subclass may do anything
+        self.elementwise = type(optimizer) in _ELEMENTWISE or says_so
         """Whether the states of a parameter have its shape, or are one number."""
         self._named, self._replicas = named, replicas
         self._known: set[str] = set()

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import _PATH
@@ -19,8 +20,9 @@ from typing_extensions import override
 from lightning_dualpipe.checkpoint.directory import is_directory, remove
 from lightning_dualpipe.checkpoint.stored import open_stored
 from lightning_dualpipe.pipeline.partition import is_extra_state
-from lightning_dualpipe.strategy.distributed_saves import DistributedSaves
+from lightning_dualpipe.strategy.distributed_saves import RANDOM_STATES, DistributedSaves
 from lightning_dualpipe.strategy.optimizers import PipelineOptimizers
+from lightning_dualpipe.strategy.random_states import set_random_states
 
 __all__ = ["PipelineCheckpoints"]
 
@@ -40,6 +42,8 @@ class PipelineCheckpoints(PipelineOptimizers):
 
     save_distributed_checkpoint: bool | Literal["async"] = False
     _saves: DistributedSaves | None = None
+    _random_states: Mapping[str, Any] | None = None
+    """Until the first batch of a run that goes on."""
 
     @property
     @override
@@ -113,7 +117,18 @@ class PipelineCheckpoints(PipelineOptimizers):
         self._finish_saving()
         if not is_directory(checkpoint_path):
             return super().load_checkpoint(checkpoint_path, weights_only=weights_only)
-        return open_stored(checkpoint_path).checkpoint()
+        checkpoint = open_stored(checkpoint_path).checkpoint()
+        random_states = checkpoint.get(RANDOM_STATES, {})
+        if random_states.get("written_by") == self._distributed.written_by:
+            self._random_states = random_states["ranks"][self.global_rank]
+        return checkpoint
+
+    @override
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        if self._random_states is not None and self._module.trainer.training:
+            set_random_states(self._random_states)
+            self._random_states = None
+        return super().batch_to_device(batch, device, dataloader_idx)
 
     def whole_tensors(self) -> Iterator[tuple[str, range | None, Tensor]]:
         """On rank 0 every tensor of the whole LightningModule, by name; spread ones in pieces with their rows.

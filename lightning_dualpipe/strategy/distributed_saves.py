@@ -27,8 +27,11 @@ from lightning_dualpipe.checkpoint.writer import Contents, Piece, save
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.parallel.groups import create_groups
 from lightning_dualpipe.parallel.sharded_optimizer import ShardedOptimizer
+from lightning_dualpipe.strategy.random_states import collect_random_states
 
-__all__ = ["DistributedSaves"]
+__all__ = ["RANDOM_STATES", "DistributedSaves"]
+
+RANDOM_STATES = "random_states"
 
 _PARTING_SECONDS = 5.0  # for a write to end after a failure elsewhere; until then the checkpoint before it counts
 
@@ -41,7 +44,7 @@ class DistributedSaves:
     """
 
     def __init__(self, store: CheckpointStore, *, rank: int, timeout: timedelta | None, written_by: str) -> None:
-        self.store, self._rank, self._timeout, self._written_by = store, rank, timeout, written_by
+        self.store, self._rank, self._timeout, self.written_by = store, rank, timeout, written_by
         self._background = Background("checkpoint-writer")
         self._group: dist.ProcessGroup | None = None
 
@@ -73,7 +76,8 @@ class DistributedSaves:
         target = Path(os.path.abspath(path))
         pieces, state = self._split(checkpoint, optimizers)
         state["state_dict"] |= extra
-        contents = Contents(state, self.store.same_as, int(checkpoint["global_step"]), self._written_by)
+        state[RANDOM_STATES] = {"written_by": self.written_by, "ranks": collect_random_states(self.store.group)}
+        contents = Contents(state, self.store.same_as, int(checkpoint["global_step"]), self.written_by)
         if not background:
             save(pieces, contents, target, self.store.group, rank=self._rank)
             return

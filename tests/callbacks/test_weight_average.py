@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor
 
 from lightning_dualpipe.callbacks import WeightAverage
+from lightning_dualpipe.checkpoint.stored import read_whole
 from tests.ranks import run_ranks
 from tests.strategy.runs import Run, build, write_corpus
 
@@ -56,6 +57,7 @@ CASES = {
     # Lightning copies the module before its precision is set: its average is float32
     "dualpipev pp2": Case("64-true", "gpt", PP2, "Lightning's", 1e-6),
     "dualpipev pp2 in bfloat16": Case("bf16-true", "gpt", PP2, "Lightning's", 0.1),
+    "a directory": Case("bf16-true", "gpt", {**PP2, "save_distributed_checkpoint": True}, "Lightning's", 0.1),
     # the average of experts is where they are
     "pp1 ep2": Case("64-true", "deepseek_v3", {"pipeline_parallel_size": 1, "expert_parallel_size": 2}, "ours", 1e-9),
 }
@@ -78,7 +80,8 @@ def test_the_average_is_the_one_that_is_kept_of_the_whole_model(tmp_path: Path, 
             whole = expected[name]
             mine = whole if whole.shape == values.shape else whole.chunk(len(whole) // len(values))[rank]
             torch.testing.assert_close(values, mine, **tolerance, msg=name)
-    saved, theirs = (torch.load(tmp_path / who / f"step={SAVED_AT}.ckpt") for who in ("together", "alone"))
+    saved, theirs = (tmp_path / who / f"step={SAVED_AT}.ckpt" for who in ("together", "alone"))
+    saved, theirs = read_whole(saved) if saved.is_dir() else torch.load(saved), torch.load(theirs)
     for key in ("state_dict", "current_model_state"):
         assert list(saved[key]) == list(theirs[key])
         for name, values in saved[key].items():

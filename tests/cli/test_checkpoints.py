@@ -1,11 +1,13 @@
 """``consolidate`` and ``verify`` on a directory that two ranks have written."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lightning_dualpipe.cli import main
+from lightning_dualpipe.cli.training import TrainingCLI
 from tests.checkpoint.damage import tensors, write
 from tests.ranks import run_ranks
 
@@ -64,3 +66,12 @@ def test_what_is_not_there_is_one_clear_error(args: list[str], words: str, capsy
 def test_a_file_that_cannot_be_written_leaves_nothing(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["consolidate", str(directory), "/proc/one.ckpt"]) == 2
     assert "/proc/one.ckpt cannot be written" in capsys.readouterr().err
+
+
+def test_fit_goes_on_from_the_newest_or_begins(directory: Path, tmp_path: Path) -> None:
+    asked: list[object] = []
+    cli = TrainingCLI.__new__(TrainingCLI)  # what it does once the Trainer is there
+    cli.trainer = SimpleNamespace(fit=lambda **options: asked.append(options["ckpt_path"]))  # type: ignore[assignment]
+    for path in (f"newest:{directory.parent}", f"newest:{tmp_path}", "some.ckpt", None):
+        cli.fit(ckpt_path=path)
+    assert asked == [str(directory), None, "some.ckpt", None]

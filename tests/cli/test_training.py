@@ -265,7 +265,8 @@ def test_the_example_of_671b_asks_for_what_there_is(tmp_path: Path, capsys: pyte
     assert repr(FP8Precision(**plugin["init_args"])) == repr(FP8Precision("block", weights="bf16-true"))
     assert DualPipeStrategy(**strategy).save_distributed_checkpoint == "async"
     assert data["batch_size"] == strategy["num_microbatches"] == 120 and data["batch_size_schedule"] is None
-    assert DeepSeekV3(**model).hparams["recompute"] == "selective_fp8"
+    hparams = DeepSeekV3(**model).hparams
+    assert (hparams["recompute"], hparams["moments"]) == ("selective_fp8", "bfloat16")
 
 
 @pytest.mark.parametrize("kind", ["file", "directory"])

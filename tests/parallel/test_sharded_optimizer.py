@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.parallel.replicas import ReplicaGroups
 from lightning_dualpipe.parallel.sharded_optimizer import ShardedOptimizer
+from lightning_dualpipe.precision.bf16_adamw import BF16AdamW
 from lightning_dualpipe.precision.main_gradients import keep_main_gradients
 from tests.ranks import run_ranks
 
@@ -47,6 +48,7 @@ MAKE = {
         name: getattr(torch.optim, name)
         for name in "Adadelta Adagrad Adam Adamax ASGD NAdam RAdam RMSprop Rprop".split()
     },
+    "AdamW, moments in bfloat16": lambda groups: BF16AdamW(groups, lr=0.1),
     "Adafactor": lambda groups: Adafactor(groups, lr=0.1),
     "Muon": lambda groups: Muon(groups, lr=0.1),
     "a stranger's": Normalized,
@@ -128,7 +130,7 @@ def test_parameters_are_those_of_one_optimizer_and_states_are_on_one_rank_each(m
         assert max(size for _, size, _ in found) < whole / 2  # of three; some parameters have one or two holders
 
 
-@pytest.mark.parametrize("make", ["AdamW", "SGD", "Muon"])
+@pytest.mark.parametrize("make", ["AdamW", "AdamW, moments in bfloat16", "SGD", "Muon"])
 def test_a_main_weight_is_what_an_optimizer_in_float32_computes(make):
     """The same gradients, bit for bit: parameters in bfloat16 are its rounded copies, on every rank."""
     expected = {name: nn.Parameter(p.data.float()) for name, p in build(HOLDERS, torch.bfloat16).items()}

@@ -78,8 +78,12 @@ def converted(module: nn.Module) -> int:
 
 
 def data(count: int = 8) -> DataLoader[Batch]:
-    """``count`` batches of four sequences."""
-    tokens = torch.randint(16, (4 * count, 13), generator=torch.Generator().manual_seed(0))
+    """``count`` batches of four sequences of 16 tokens.
+
+    64 tokens: ``auto`` divides by their number before the backward, a pipeline after it; where that is no power of two,
+    gradients are rounded differently.
+    """
+    tokens = torch.randint(16, (4 * count, 17), generator=torch.Generator().manual_seed(0))
     tokens[:, 1::2] = tokens[:, :-1:2]  # every second token repeats the one before
     return DataLoader([{"input_ids": each[:-1], "labels": each[1:]} for each in tokens], batch_size=4)  # type: ignore
 
@@ -165,10 +169,9 @@ def test_everything_else_is_in_the_precision_asked_for(weights, strategy):
     clipped = {"strategy": strategy, "gradient_clip_val": 0.5}
     plain = losses(module, fp8=options, **clipped)
     assert {parameter.dtype for parameter in module.parameters()} == {PRECISIONS[weights]}
-    L.seed_everything(3, verbose=False)
-    again, lightnings = fresh(fused=False), trainer  # the same without our plugin
+    again = fresh(fused=False)  # without our plugin
     L.Trainer(accelerator="cpu", devices=1, max_steps=6, precision=weights, **QUIET, **clipped).fit(again, data())
-    assert again.seen == plain and lightnings is trainer
+    assert again.seen == plain
 
     in_fp8 = losses(fresh(fused=False), fp8={"weights": weights}, **clipped)
     assert in_fp8 != plain and in_fp8 == pytest.approx(plain, rel=0.05)
@@ -240,19 +243,15 @@ def test_a_forward_runs_in_the_context_of_the_backend(strategy, monkeypatch):
 
 @pytest.mark.parametrize("second", ["auto", "dualpipe"])
 def test_a_run_goes_on_where_its_checkpoint_stood(second, tmp_path):
-    """The pipeline differentiates sums of losses, not means: with scales that are powers of two, gradients that are so
-    many times larger are rounded otherwise. And other microbatches would group other tokens under a scale.
-    """
-    path, fp8 = tmp_path / "fp8.ckpt", {"weights": "64-true", "recipe": "current"}
-    trainer(steps=6, fp8=fp8).fit(whole := fresh(), data(3))
-    run = trainer(steps=3, fp8=fp8)
+    path, options = tmp_path / "fp8.ckpt", {"fp8": {"weights": "64-true"}}
+    trainer(steps=6, **options).fit(whole := fresh(), data(3))
+    run = trainer(steps=3, **options)
     run.fit(first := fresh(), data())
     run.save_checkpoint(path)
 
-    resumed = Model()
-    strategy = DualPipeStrategy(num_microbatches=1) if second == "dualpipe" else second
-    trainer(strategy=strategy, steps=6, fp8=fp8).fit(resumed, data(), ckpt_path=path)
-    assert [*first.seen, *resumed.seen] == pytest.approx(whole.seen, rel=1e-5) and len(resumed.seen) == 3
+    strategy = "auto" if second == "auto" else DualPipeStrategy(num_microbatches=1)
+    trainer(strategy=strategy, steps=6, **options).fit(resumed := Model().double(), data(), ckpt_path=path)
+    assert [*first.seen, *resumed.seen] == pytest.approx(whole.seen, rel=1e-10) and len(resumed.seen) == 3
 
 
 @pytest.mark.parametrize("precision", ["fp8 to bf16", "bf16 to fp8", "block to current"])

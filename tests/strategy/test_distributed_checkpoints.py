@@ -2,11 +2,15 @@
 
 import errno
 import os
+import random
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -203,60 +207,108 @@ class Odd:
     """No plain value."""
 
 
-def refused(rank: int, run: Run, path: str, keep: bool) -> str:
+UNSAVEABLE = {
+    "/proc/a.ckpt": "CheckpointError: /proc/a.ckpt cannot be written: [Errno ",
+    "s3://bucket/a.ckpt": "ConfigurationError: s3://bucket/a.ckpt is no path in a file system",
+    "odd.ckpt": "ConfigurationError: the checkpoint could be written, but not read again",
+}
+
+
+def refused(rank: int, run: Run) -> list[str]:
     trainer, module, data = build(rank, replace(run, steps=1))
-    if keep:
-        module.hparams["odd"] = Odd()
     trainer.fit(module, data)
-    try:
-        trainer.save_checkpoint(path)
-    except (CheckpointError, ConfigurationError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "saved"
+    said = []
+    for path in UNSAVEABLE:
+        if path == "odd.ckpt":
+            module.hparams["odd"] = Odd()
+        try:
+            trainer.save_checkpoint(path)
+        except (CheckpointError, ConfigurationError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+    return said
 
 
-@pytest.mark.parametrize(
-    ("path", "keep", "words"),
-    [
-        ("/proc/a.ckpt", False, "CheckpointError: /proc/a.ckpt cannot be written: [Errno "),
-        ("s3://bucket/a.ckpt", False, "ConfigurationError: s3://bucket/a.ckpt is no path in a file system"),
-        ("a.ckpt", True, "ConfigurationError: the checkpoint could be written, but not read again"),
-    ],
-)
-def test_what_cannot_be_saved_is_told_by_all_ranks(path: str, keep: bool, words: str, corpus: str) -> None:
-    for said in run_ranks(2, refused, distributed(replace(PP2, corpus=corpus)), path, keep, timeout=240):
-        assert said.startswith(words)
-        assert not keep or "hyper_parameters" in said
+def test_what_cannot_be_saved_is_told_by_all_ranks(corpus: str, tmp_path: Path) -> None:
+    for said in run_ranks(2, refused, distributed(replace(PP2, corpus=corpus)), timeout=240):
+        for words, expected in zip(said, UNSAVEABLE.values(), strict=True):
+            assert words.startswith(expected)
+        assert "checkpoint['hyper_parameters']" in said[-1]
+    assert not list(tmp_path.iterdir())
 
 
-def resume_refused(rank: int, run: Run, path: str) -> str:
-    try:
-        resume(rank, run, [path])
-    except (CheckpointError, ConfigurationError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "resumed"
+def resume_refused(rank: int, runs: list[tuple[Run, str]]) -> list[str]:
+    said = []
+    for run, path in runs:
+        try:
+            resume(rank, run, [path])
+        except (CheckpointError, ConfigurationError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+    return said
 
 
-@pytest.mark.parametrize("what", ["another model", "a flipped bit", "a missing shard", "no checkpoint"])
-def test_what_cannot_be_resumed_from_is_told_by_all_ranks(
-    what: str, corpus: str, saved: dict[str, Path], tmp_path: Path
-) -> None:
-    import shutil
-
-    path = tmp_path / "bad.ckpt"
-    shutil.copytree(saved["dualpipe pp2 ep2"], path)
+def test_what_cannot_be_resumed_from_is_told_by_all_ranks(corpus: str, saved: dict[str, Path], tmp_path: Path) -> None:
     run = run_under("dp2", corpus)
-    expected = "CheckpointError: " + str(path)
-    if what == "another model":
-        run = replace(run, overrides={**run.overrides, "hidden_size": 48})
-        expected = "ConfigurationError: the checkpoint belongs to another model"
-    elif what == "a flipped bit":
-        content = bytearray((path / "rank-00001.safetensors").read_bytes())
-        content[-1] ^= 1
-        (path / "rank-00001.safetensors").write_bytes(content)
-    elif what == "a missing shard":
-        (path / "rank-00002.safetensors").unlink()
-    else:
-        (path / "manifest.json").unlink()
-    for said in run_ranks(2, resume_refused, run, str(path), timeout=240):
-        assert said.startswith(expected)
+    paths = {name: tmp_path / f"{name}.ckpt" for name in ("model", "bit", "shard", "manifest")}
+    for path in paths.values():
+        shutil.copytree(saved["dualpipe pp2 ep2"], path)
+    shard = paths["bit"] / "rank-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    (paths["shard"] / "rank-00002.safetensors").unlink()
+    (paths["manifest"] / "manifest.json").unlink()
+    runs = [(run, str(path)) for path in paths.values()]
+    runs[0] = (replace(run, overrides={**run.overrides, "hidden_size": 48}), runs[0][1])
+
+    for said in run_ranks(2, resume_refused, runs, timeout=240):
+        assert said[0].startswith("ConfigurationError: the checkpoint belongs to another model")
+        assert said[1].startswith(f"CheckpointError: {shard} is damaged")
+        assert said[2].startswith(f"CheckpointError: {paths['shard']}/rank-00002.safetensors is missing")
+        assert said[3].startswith(f"CheckpointError: {paths['manifest']} is no checkpoint: it has no manifest.json")
+
+
+# ---- random numbers ----------------------------------------------------------------------------
+
+
+class Draws(L.Callback):
+    """What a rank would draw for dropout, in every step; another number of times on each rank."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.found: list[tuple[float, float, float]] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        torch.rand(self.rank)
+        self.found.append((float(torch.rand(1)), random.random(), float(np.random.rand())))
+
+
+def draw(rank: int, run: Run, folder: str) -> list[list[Any]]:
+    """Uninterrupted, resumed under the same layout, and under another."""
+    found = []
+    checkpoint = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2)
+    other = replace(run, strategy={**run.strategy, "schedule": "dualpipev"})  # type: ignore[dict-item]
+    for each, path in ((run, None), (run, f"{folder}/step=2.ckpt"), (other, f"{folder}/step=2.ckpt")):
+        draws = Draws(rank)
+        trainer, module, data = build(
+            rank,
+            replace(each, steps=4 if path else 2, trainer={"enable_checkpointing": path is None}),
+            callbacks=[draws, *([] if path else [checkpoint])],
+        )
+        if path is None:
+            trainer.fit(module, data)
+            torch.rand(rank)  # as an uninterrupted run would go on
+            expected = (float(torch.rand(1)), random.random(), float(np.random.rand()))
+            found.append([expected])
+        else:
+            L.seed_everything(1000 + rank, verbose=False)
+            trainer.fit(module, data, ckpt_path=path)
+            found.append(draws.found)
+    return found
+
+
+def test_ranks_go_on_with_their_own_random_numbers_under_the_same_layout(corpus: str, tmp_path: Path) -> None:
+    ranks = run_ranks(2, draw, distributed(replace(PP2, corpus=corpus)), str(tmp_path), timeout=240)
+    assert ranks[0][0] != ranks[1][0]
+    for uninterrupted, resumed, elsewhere in ranks:
+        assert resumed[0] == uninterrupted[0]
+        assert elsewhere[0] != uninterrupted[0]

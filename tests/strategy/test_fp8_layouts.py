@@ -18,7 +18,7 @@ from tests.strategy.runs import SHAPE, Result, Run, gathered, same_everywhere, t
 
 FP8 = {"recipe": {"name": "block", "scales": "float32"}, "backend": "emulate"}
 SIZES = {**SHAPE, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
-STEPS, MICROBATCHES = 4, 4
+STEPS, MICROBATCHES = 3, 4
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "zb1p pp2": (2, {"schedule": "zb1p", "pipeline_parallel_size": 2}),
     "dualpipe pp4": (4, {"schedule": "dualpipe", "pipeline_parallel_size": 4}),
     "1f1b pp4": (4, {"schedule": "1f1b", "pipeline_parallel_size": 4}),
-    "gpipe pp4": (4, {"schedule": "gpipe", "pipeline_parallel_size": 4}),
+    "gpipe pp2": (2, {"schedule": "gpipe", "pipeline_parallel_size": 2}),
 }
 
 
@@ -75,15 +75,6 @@ def test_other_microbatches_and_no_fp8_can_be_told_apart_at_that_tolerance(corpu
 
 
 SMALL = {**SIZES, "num_hidden_layers": 2, "num_nextn_predict_layers": 0}
-REGROUPED: dict[str, tuple[int, dict[str, Any]]] = {
-    "two data ranks": (2, {"pipeline_parallel_size": 1}),
-    "experts on two ranks": (2, {"pipeline_parallel_size": 1, "expert_parallel_size": 2}),
-}
-
-
-@pytest.fixture(scope="module")
-def long(corpus: str) -> Result:
-    return train(0, regrouped(corpus, 1, {"pipeline_parallel_size": 1}))
 
 
 def regrouped(corpus: str, world: int, strategy: dict[str, Any]) -> Run:
@@ -93,12 +84,10 @@ def regrouped(corpus: str, world: int, strategy: dict[str, Any]) -> Run:
     return replace(run, learning_rate=3e-3)
 
 
-@pytest.mark.parametrize("layout", REGROUPED)
-def test_where_other_tokens_share_a_scale_losses_differ_by_a_thousandth_at_most(
-    layout: str, corpus: str, long: Result
-) -> None:
-    """Mean relative difference over 50 steps."""
-    losses = same_everywhere(train_everywhere(regrouped(corpus, *REGROUPED[layout])))
-    expected = torch.tensor(long.losses, dtype=torch.float64)
+def test_where_other_tokens_share_a_scale_losses_differ_by_a_thousandth_at_most(corpus: str) -> None:
+    """Mean relative difference over 50 steps: data ranks share out the tokens, and experts get those of both."""
+    alone = train(0, regrouped(corpus, 1, {"pipeline_parallel_size": 1}))
+    results = train_everywhere(regrouped(corpus, 2, {"pipeline_parallel_size": 1, "expert_parallel_size": 2}))
+    losses, expected = same_everywhere(results), torch.tensor(alone.losses, dtype=torch.float64)
     assert expected[-1] < expected[0] - 2
     assert ((losses - expected).abs() / expected).mean() <= 1e-3

@@ -16,6 +16,7 @@ from torch.optim import Adafactor, AdamW, Optimizer
 
 from lightning_dualpipe.checkpoint.optimizer_states import Collected, check_states, in_order
 from lightning_dualpipe.errors import ConfigurationError
+from lightning_dualpipe.precision.bf16_adamw import BF16AdamW
 from tests.ranks import run_ranks
 from tests.strategy.runs import Recorder, Run, build, write_corpus
 
@@ -41,12 +42,17 @@ def factored(module: Any) -> Optimizer:
     return Adafactor(module.parameters(), lr=0.01, eps=(None, 1.0), d=1e9)
 
 
+def in_bfloat16(module: Any) -> Optimizer:
+    return BF16AdamW(module.parameters(), lr=1e-2)
+
+
 Make = Callable[[Any], Optimizer]
 PP2, ONE_WAY = {"pipeline_parallel_size": 2}, {"schedule": "1f1b", "pipeline_parallel_size": 2}
 CASES: Mapping[str, tuple[Make, int, Mapping[str, Any]]] = {
     "another order, dualpipe pp2": (head_first_and_blocks_in_reverse, 2, PP2),
     "another order, 1f1b pp2": (head_first_and_blocks_in_reverse, 2, ONE_WAY),
     "names, 1f1b pp2": (with_names_in_two_groups, 2, ONE_WAY),
+    "moments in bfloat16, pp1 ep2": (in_bfloat16, 2, {"pipeline_parallel_size": 1, "expert_parallel_size": 2}),
     "factored, pp1 ep2": (factored, 2, {"pipeline_parallel_size": 1, "expert_parallel_size": 2}),
     "factored, pp1 ep4": (factored, 4, {"pipeline_parallel_size": 1, "expert_parallel_size": 4}),
 }
