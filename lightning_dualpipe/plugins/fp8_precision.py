@@ -76,7 +76,7 @@ class FP8Precision(Precision):
             if value not in values:
                 problems.append(f"{name}={value!r} is not one of {', '.join(values)}")
         for name, patterns in (("include", include), ("exclude", exclude)):
-            if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+            if not _are_names(patterns):
                 problems.append(f"{name}={patterns!r} must be a list of names")
         try:
             self.recipe = recipe_of(recipe)
@@ -196,6 +196,12 @@ class FP8Precision(Precision):
     @override
     def convert_output(self, data: Any) -> Any:
         return self._rest.convert_output(data)
+
+
+def _are_names(patterns: object) -> bool:
+    if isinstance(patterns, str) or not isinstance(patterns, Sequence):
+        return False
+    return all(isinstance(pattern, str) for pattern in patterns)
 
 
 _REST: Mapping[str, Callable[[], Precision]] = {

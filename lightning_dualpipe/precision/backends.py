@@ -16,7 +16,7 @@ from typing import cast
 import torch
 
 from lightning_dualpipe.errors import ConfigurationError, MissingPackageError
-from lightning_dualpipe.precision.emulate import EmulateBackend
+from lightning_dualpipe.precision.emulate import EmulateBackend, without_kernels
 from lightning_dualpipe.precision.matmul import Backend
 from lightning_dualpipe.precision.recipe import BF16, MXFP8, Block, Current, Delayed, Recipe
 
@@ -81,7 +81,8 @@ def choose_backend(
         if reason is None:
             return BackendChoice(name, recipe, ("it can be used here",))
     raise ConfigurationError.of(
-        f"recipe {recipe.name!r} cannot run, though this GPU could; backend='emulate' can, slower than without FP8",
+        f"recipe {recipe.name!r} cannot run, though this GPU could; "
+        f"{without_kernels(recipe)} can, slower than without FP8",
         [f"{name}: {reason}" for name, reason in against.items()],
     )
 
@@ -96,9 +97,11 @@ def _why_not(name: str, recipe: Recipe, device: torch.device, dtype: torch.dtype
             "keeps; use recipe='current', whose scales come from the tensors themselves"
         )
     if device.type != "cuda":
-        return f"{_NAMES[name]} needs CUDA devices, and this run computes on {device.type}; use backend='emulate'"
+        return (
+            f"{_NAMES[name]} needs CUDA devices, and this run computes on {device.type}; use {without_kernels(recipe)}"
+        )
     if dtype == torch.float64:
-        return f"{_NAMES[name]} has no kernels for float64; use weights='bf16-true', or backend='emulate'"
+        return f"{_NAMES[name]} has no kernels for float64; use weights='bf16-true', or {without_kernels(recipe)}"
     if (lacking := _what_the_gpu_lacks(recipe, device)) is not None:
         return lacking
     refused = getattr(_module(name), f"why_not_{name}")(recipe)

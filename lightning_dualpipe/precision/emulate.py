@@ -11,7 +11,12 @@ from lightning_dualpipe.precision.fp8_weight import Epoch
 from lightning_dualpipe.precision.recipe import Delayed, Recipe
 from lightning_dualpipe.precision.reference import multiply
 
-__all__ = ["EmulateBackend"]
+__all__ = ["EmulateBackend", "without_kernels"]
+
+
+def without_kernels(recipe: Recipe) -> str:
+    """What runs where there are none for ``recipe``, as errors recommend it."""
+    return "recipe='current' with backend='emulate'" if isinstance(recipe, Delayed) else "backend='emulate'"
 
 
 class EmulateBackend:

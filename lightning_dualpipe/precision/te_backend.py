@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from lightning_dualpipe.errors import ConfigurationError, MissingPackageError
 from lightning_dualpipe.interface import WeightGradients
+from lightning_dualpipe.precision.emulate import without_kernels
 from lightning_dualpipe.precision.fp8_weight import Epoch, state_of
 from lightning_dualpipe.precision.padding import pad_rows, unpad_rows
 from lightning_dualpipe.precision.recipe import MXFP8, Block, Current, Delayed, Recipe
@@ -46,9 +47,9 @@ def why_not_te(recipe: Recipe) -> str | None:
     if _NEEDS.get(type(recipe)) is None:
         return f"Transformer Engine is not needed for recipe {recipe.name!r}, which quantises nothing"
     if find_spec("transformer_engine") is None:
-        return f"Transformer Engine is not installed; {_INSTALL}"
+        return f"Transformer Engine is not installed; {_INSTALL}, or use {without_kernels(recipe)}"
     if not torch.cuda.is_available():
-        return "Transformer Engine needs a CUDA device, and torch sees none here; use backend='emulate'"
+        return f"Transformer Engine needs a CUDA device, and torch sees none here; use {without_kernels(recipe)}"
     needs = _NEEDS[type(recipe)]
     major, minor = torch.cuda.get_device_capability()
     name = f"{torch.cuda.get_device_name()} (SM{major}{minor})"
@@ -240,7 +241,7 @@ class _Hidden:
 # ---- the library ------------------------------------------------------------------------------
 
 
-_INSTALL = "pip install 'lightning-dualpipe[te]' on a machine with CUDA, or use backend='emulate'"
+_INSTALL = "pip install 'lightning-dualpipe[te]' on a machine with CUDA"
 
 
 @dataclass(frozen=True)

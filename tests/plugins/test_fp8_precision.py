@@ -378,6 +378,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"recipe": "current", "dispatch": "fp8"},
         "dispatch='fp8' with Current(gradient_format='e5m2') would round tokens once more on their way; use recipe='bl",
     ),
+    "nothing for a list": ({"exclude": None}, "exclude=None must be a list of names"),
     "a word for a list": ({"include": "*.o_proj"}, "include='*.o_proj' must be a list of names"),
 }
 

@@ -11,6 +11,7 @@ from lightning_dualpipe.precision import backends
 from lightning_dualpipe.precision.backends import choose_backend
 from lightning_dualpipe.precision.emulate import EmulateBackend
 from lightning_dualpipe.precision.recipe import BF16, MXFP8, Block, Current, Delayed
+from lightning_dualpipe.precision.te_backend import why_not_te
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GPUS = {"A100": (8, 0), "RTX 3090": (8, 6), "RTX 4090": (8, 9), "H200": (9, 0), "B200": (10, 0)}
@@ -151,3 +152,11 @@ def test_a_recipe_that_remembers_is_not_emulated(wanted, machine):
         ConfigurationError, match=r"cannot run.*: recipe 'delayed' is not emulated, .*; use recipe='curr"
     ):
         choose_backend(wanted, Delayed(), CPU)
+
+
+def test_nor_is_its_emulation_recommended(machine):
+    machine.against = dict.fromkeys(machine.against, "it cannot")
+    for wanted, device in (("auto", CUDA), ("te", CPU)):
+        with pytest.raises(ConfigurationError, match="recipe='current' with backend='emulate'"):
+            choose_backend(wanted, Delayed(), device)
+    assert "recipe='current' with backend='emulate'" in str(why_not_te(Delayed()))
