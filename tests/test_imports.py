@@ -62,7 +62,9 @@ PLACES = {
         libraries=LIGHTNING | {"jsonargparse", "yaml"},
     ),
     "_autoload": Place(own={"errors", "strategy"}),
-    "__init__": Place(own={"_autoload"}, for_types={"strategy", "deepseek_v3", "data", "errors", "interface"}),
+    "__init__": Place(
+        own={"_autoload"}, for_types={"checkpoint", "strategy", "deepseek_v3", "data", "errors", "interface"}
+    ),
 }
 
 # A library that may be absent: the only files that import it, besides what their place allows.
