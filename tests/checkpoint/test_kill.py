@@ -15,7 +15,7 @@ from lightning_dualpipe.checkpoint.index import Key
 from lightning_dualpipe.checkpoint.stored import open_stored, read_whole
 from lightning_dualpipe.checkpoint.writer import Contents, Piece, save
 from tests.checkpoint.damage import write
-from tests.ranks import _context
+from tests.ranks import CONTEXT
 
 ELEMENTS = 1 << 20  # float64: a save takes some milliseconds, half of them in writing
 
@@ -41,7 +41,7 @@ def save_for_ever(rank: int, folder: str, world: int) -> None:
 def kill_once(folder: Path, generator: random.Random) -> tuple[int, int]:
     """The last step that was reported as saved, and the one that is found."""
     folder.mkdir()
-    workers = [_context.Process(target=save_for_ever, args=(rank, str(folder), 2), daemon=True) for rank in range(2)]
+    workers = [CONTEXT.Process(target=save_for_ever, args=(rank, str(folder), 2), daemon=True) for rank in range(2)]
     for worker in workers:
         worker.start()
     try:
