@@ -142,18 +142,18 @@ def build(
 ) -> tuple[L.Trainer, L.LightningModule, TextDataModule]:
     pretend_torchrun(rank, run.world, run.nodes)
     L.seed_everything(7, verbose=False)
+    plugins = {} if run.fp8 is None else {"plugins": [FP8Precision(**{"weights": run.precision, **run.fp8})]}
     trainer = L.Trainer(
         accelerator="cpu",
         devices=run.world // run.nodes,
         num_nodes=run.nodes,
         strategy="auto" if run.strategy is None else DualPipeStrategy(**run.strategy),
         precision=run.precision if run.fp8 is None else None,  # type: ignore[arg-type]
-        plugins=None if run.fp8 is None else [FP8Precision(**{"weights": run.precision, **run.fp8})],
         max_steps=run.steps,
         accumulate_grad_batches=run.accumulate,
         gradient_clip_val=run.clip,
         callbacks=[Recorder(), *([Skew(ROUTING[run.routing])] if run.routing != "even" else []), *callbacks],
-        **{**QUIET, **run.trainer},
+        **{**QUIET, **plugins, **run.trainer},
     )
     return trainer, build_module(run), build_data(run)
 

@@ -85,7 +85,9 @@ def test_a_rank_that_dies_or_leaves_ends_all_and_training_goes_on_from_the_last_
         assert ended[name].last_words.startswith("lightning-dualpipe: rank 0 is gone without a word")
     assert "caught RuntimeError" in ended["left"].output
     check_gone(ended["left"], code=0)  # the script's own decision
-    assert "rank 1 had left with exit code 0" in ended["left"].last_words
+    # or, where its threads were in the middle of a message, the interpreter did not get to its end
+    left = ("rank 1 had left with exit code 0", "rank 1 was killed by SIGABRT")
+    assert any(words in ended["left"].last_words for words in left)
 
     whole = program.train(["--strategy", "null", "--devices", "1", "--corpus", corpus])
     checkpoint = str(ended["killed"].folder / "checkpoints/epoch=0-step=4.ckpt")

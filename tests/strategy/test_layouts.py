@@ -41,6 +41,7 @@ MORE_LAYOUTS = {  # for other settings alone
     "zb1p pp2 ep2": (4, {"schedule": "zb1p", "pipeline_parallel_size": 2, "expert_parallel_size": 2}),
 }
 NODES = {"pp1 ep4 on two nodes": 2}
+OTHER_WAYS = ("pp1 ep4 on two nodes", "pp1 ep4, one row per expert")  # of tokens to experts, in a layout that is there
 EIGHT_STAGES = {"dualpipev pp4"}  # for which four blocks are too few
 # Each layout once more: a launch order ("off": nothing overlaps), what is recomputed, and how tokens are routed. Every
 # two settings meet in some row; all of them meet in tests/pipeline/test_gradients.py.
@@ -120,6 +121,8 @@ def runs_of(layout: str, corpus: str) -> dict[str, Run]:
     order, recompute, routing = SETTINGS[layout]
     depth = {} if layout in EIGHT_STAGES else {"num_hidden_layers": 4}
     plain = Run(strategy=strategy, world=world, nodes=NODES.get(layout, 1), corpus=corpus, overrides=depth)
+    if layout in OTHER_WAYS:
+        plain = replace(plain, steps=10)
     other = replace(
         plain,
         strategy={**strategy, "overlap": order != "off"},
