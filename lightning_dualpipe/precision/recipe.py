@@ -88,8 +88,9 @@ class Block(Recipe):
 
 
 @dataclass(frozen=True, slots=True)
-class Current(Recipe):
-    name: ClassVar[str] = "current"
+class PerTensor(Recipe):
+    """One scale for all of a tensor."""
+
     gradient_format: Format = "e5m2"
 
     @property
@@ -106,24 +107,16 @@ class Current(Recipe):
 
 
 @dataclass(frozen=True, slots=True)
-class Delayed(Recipe):
+class Current(PerTensor):
+    name: ClassVar[str] = "current"
+
+
+@dataclass(frozen=True, slots=True)
+class Delayed(PerTensor):
     """Remembers: what a tensor is scaled by depends on the order in which microbatches were seen."""
 
     name: ClassVar[str] = "delayed"
-    gradient_format: Format = "e5m2"
     history: int = 1024  # steps
-
-    @property
-    def activation(self) -> Operand:
-        return Operand("e4m3", None)
-
-    @property
-    def weight(self) -> Operand:
-        return Operand("e4m3", None)
-
-    @property
-    def gradient(self) -> Operand:
-        return Operand(self.gradient_format, None)
 
 
 @dataclass(frozen=True, slots=True)
