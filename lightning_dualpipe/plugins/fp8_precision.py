@@ -18,7 +18,6 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from typing_extensions import override
 
 from lightning_dualpipe.errors import ConfigurationError
@@ -99,7 +98,6 @@ class FP8Precision(Precision):
         self._rest = _REST[weights]()
         self._looked_at: nn.Module | None = None
         self._converted: nn.Module | None = None
-        self._stop_watching: Callable[[], None] | None = None
         self._said = ""
 
     def __repr__(self) -> str:
@@ -144,13 +142,12 @@ class FP8Precision(Precision):
             self.look_at(module)
         assert self.selection is not None
         names = self.selection.names
-        self.backend = backend = choice.build()
-        convert(module, backend, lambda name, _: name in names)
+        self.backend = choice.build()
+        convert(module, self.backend, lambda name, _: name in names)
         if self._dispatch != "bf16" and travels_exactly(self.recipe):
             experts = self.selection.experts
             round_expert_tokens(module, self.recipe, lambda name: any(e.startswith(f"{name}.") for e in experts))
         self._converted = module
-        self._stop_watching = register_optimizer_step_post_hook(lambda *_: backend.weights_changed()).remove
         self._say(f"FP8 by {self.recipe}, {choice}. It multiplies {self.selection}")
         return module
 
@@ -160,12 +157,10 @@ class FP8Precision(Precision):
         self._said = text
 
     def _give_back(self) -> None:
-        if self._stop_watching is not None:
-            self._stop_watching()
         if self._converted is not None:
             restore(self._converted)
             round_expert_tokens(self._converted, None)
-        self._stop_watching = self._converted = self.backend = None
+        self._converted = self.backend = None
 
     @override
     def teardown(self) -> None:
