@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from lightning_dualpipe.interface import WeightGradients
 from lightning_dualpipe.precision.fp8_linear import Multiply, Operands
-from lightning_dualpipe.precision.fp8_weight import Epoch, QuantisedWeight
+from lightning_dualpipe.precision.fp8_weight import QuantisedWeight
 from lightning_dualpipe.precision.reference import Quantised, quantise
 from lightning_dualpipe.precision.weight_gradients import autocast_to, now_or_later, without_autocast
 
@@ -28,9 +28,9 @@ __all__ = ["FP8GroupedLinear"]
 class FP8GroupedLinear:
     """The matmul of one stack of experts: one product per expert that has rows."""
 
-    def __init__(self, operands: Operands, epoch: Epoch, multiply: Multiply) -> None:
-        self.activation, weight, self.gradient = operands
-        self.weight = QuantisedWeight(weight, epoch)
+    def __init__(self, operands: Operands, weight: QuantisedWeight, multiply: Multiply) -> None:
+        self.activation, _, self.gradient = operands
+        self.weight = weight
         self.multiply = multiply
 
     def __call__(

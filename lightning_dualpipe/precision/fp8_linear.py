@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_dualpipe.interface import WeightGradients
-from lightning_dualpipe.precision.fp8_weight import Epoch, QuantisedWeight
+from lightning_dualpipe.precision.fp8_weight import QuantisedWeight
 from lightning_dualpipe.precision.recipe import Operand
 from lightning_dualpipe.precision.reference import Quantised, quantise
 from lightning_dualpipe.precision.weight_gradients import autocast_to, now_or_later, without_autocast
@@ -33,9 +33,9 @@ Operands = tuple[Operand, Operand, Operand]
 class FP8Linear:
     """The matmul of one layer."""
 
-    def __init__(self, operands: Operands, epoch: Epoch, multiply: Multiply) -> None:
-        self.activation, weight, self.gradient = operands
-        self.weight = QuantisedWeight(weight, epoch)
+    def __init__(self, operands: Operands, weight: QuantisedWeight, multiply: Multiply) -> None:
+        self.activation, _, self.gradient = operands
+        self.weight = weight
         self.multiply = multiply
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, queue: WeightGradients | None) -> Tensor:

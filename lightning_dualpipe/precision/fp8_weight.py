@@ -69,7 +69,7 @@ class QuantisedWeight:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy makes its own: it belongs to another weight."""
-        return QuantisedWeight, (self.how, self.epoch)
+        return type(self), (self.how, self.epoch)
 
     def _get(self, which: str, weight: Tensor, make: Callable[[Tensor], Quantised]) -> tuple[Quantised, ...]:
         state = state_of(weight, self.epoch)

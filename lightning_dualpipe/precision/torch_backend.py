@@ -14,18 +14,15 @@ Shapes: M, N outer dimensions, K the one that is summed over.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_dualpipe.errors import ConfigurationError
-from lightning_dualpipe.precision.fp8_grouped_linear import FP8GroupedLinear
-from lightning_dualpipe.precision.fp8_linear import FP8Linear, Operands
-from lightning_dualpipe.precision.fp8_weight import Epoch, QuantisedWeight
+from lightning_dualpipe.precision.fp8_weight import QuantisedWeight
+from lightning_dualpipe.precision.quantising import QuantisingBackend
 from lightning_dualpipe.precision.recipe import Block, Recipe
 from lightning_dualpipe.precision.reference import Quantised
 
@@ -50,40 +47,6 @@ def why_not_torch(recipe: Recipe) -> str | None:
     return None
 
 
-class TorchBackend:
-    """Linear layers and stacks of experts of any size: what is no multiple of 16 is padded, which costs a copy.
-
-    Raises:
-        ConfigurationError: another recipe, or a machine that cannot.
-    """
-
-    name = "torch"
-
-    def __init__(self, recipe: Recipe) -> None:
-        refused = why_not_torch(recipe)
-        if refused is not None:
-            raise ConfigurationError(refused)
-        assert recipe.activation and recipe.weight and recipe.gradient, f"{recipe} quantises nothing"
-        self._operands: Operands = recipe.activation, recipe.weight, recipe.gradient
-        self._epoch = Epoch()
-
-    def linear(self) -> FP8Linear:
-        layer = FP8Linear(self._operands, self._epoch, multiply)
-        layer.weight = _TurnedWeight(self._operands[1], self._epoch)
-        return layer
-
-    def grouped_linear(self) -> FP8GroupedLinear:
-        layer = FP8GroupedLinear(self._operands, self._epoch, multiply)
-        layer.weight = _TurnedWeight(self._operands[1], self._epoch)
-        return layer
-
-    def weights_changed(self) -> None:
-        self._epoch.number += 1
-
-    def context(self) -> AbstractContextManager[object]:
-        return nullcontext()
-
-
 class _TurnedWeight(QuantisedWeight):
     """Keeps W^T as a copy: turned for every microbatch, it would cost as much as the product of a few tokens."""
 
@@ -93,8 +56,22 @@ class _TurnedWeight(QuantisedWeight):
         rows = iter(self.rows(weight))
         return self._get("columns", weight, lambda _: _turned(next(rows)))
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _TurnedWeight, (self.how, self.epoch)
+
+class TorchBackend(QuantisingBackend):
+    """Linear layers and stacks of experts of any size: what is no multiple of 16 is padded, which costs a copy.
+
+    Raises:
+        ConfigurationError: another recipe, or a machine that cannot.
+    """
+
+    name = "torch"
+    keeps = _TurnedWeight
+
+    def __init__(self, recipe: Recipe) -> None:
+        refused = why_not_torch(recipe)
+        if refused is not None:
+            raise ConfigurationError(refused)
+        super().__init__(recipe, multiply)
 
 
 def _turned(x: Quantised) -> Quantised:
