@@ -16,19 +16,21 @@ __all__ = ["PipelinePrecision"]
 
 
 class PipelinePrecision(PipelineCheckpoints):
-    @property
     @override
-    def precision_plugin(self) -> Precision:
-        return super().precision_plugin
+    def setup_precision_plugin(self) -> None:
+        """Clipping by norm goes through the plugin, which sees this rank's parameters only: give it the whole norm.
 
-    @precision_plugin.setter
-    def precision_plugin(self, plugin: Precision | None) -> None:
-        """Clipping by norm goes through the plugin, which sees this rank's parameters only: give it the whole norm."""
-        if plugin is not None:
-            plugin.clip_grad_by_norm = types.MethodType(  # type: ignore[method-assign]
-                lambda plugin, optimizer, clip_val: self._clip_by_norm(plugin, optimizer, clip_val), plugin
-            )
-        self._precision_plugin = plugin
+        For this run: a plugin may serve other Trainers.
+        """
+        super().setup_precision_plugin()
+        plugin = self.precision_plugin
+        plugin.clip_grad_by_norm = types.MethodType(  # type: ignore[method-assign]
+            lambda plugin, optimizer, clip_val: self._clip_by_norm(plugin, optimizer, clip_val), plugin
+        )
+
+    def _teardown_precision_plugin(self) -> None:
+        vars(self.precision_plugin).pop("clip_grad_by_norm", None)
+        self.precision_plugin.teardown()
 
     def gradient_norm(self, norm_type: float = 2.0) -> Tensor:
         """Norm of the gradients of the whole model, each parameter counted once; the same on every rank."""

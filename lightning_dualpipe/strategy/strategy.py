@@ -372,7 +372,7 @@ class DualPipeStrategy(PipelinePrecision):
         self._release_optimizers()
         assert self.cluster_environment is not None and self.accelerator is not None
         self.cluster_environment.teardown()
-        self.precision_plugin.teardown()
+        self._teardown_precision_plugin()
         self.accelerator.teardown()
         self.checkpoint_io.teardown()
         self._finish_saving()
