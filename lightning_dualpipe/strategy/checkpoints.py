@@ -42,7 +42,7 @@ class PipelineCheckpoints(PipelineOptimizers):
 
     save_distributed_checkpoint: bool | Literal["async"] = False
     _saves: DistributedSaves | None = None
-    _random_states: Mapping[str, Any] | None = None
+    _random_states: str | None = None
     """Until the first batch of a run that goes on."""
 
     @property
