@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from lightning_dualpipe import DeepSeekV3, TextDataModule
-from lightning_dualpipe.cli.generating import from_checkpoint
+from lightning_dualpipe.cli.trained import open_trained
 from lightning_dualpipe.deepseek_v3.generation.decode import Generation, Statistics
 
 
@@ -58,7 +58,7 @@ class Way:
 def main() -> None:
     asked = parse()
     torch.set_num_threads(asked.threads)
-    module = from_checkpoint(asked.checkpoint) if asked.checkpoint else DeepSeekV3.from_pretrained(asked.model)
+    module = open_trained(asked.checkpoint).filled() if asked.checkpoint else DeepSeekV3.from_pretrained(asked.model)
     module = module.to(dtype=torch.float64 if asked.float64 else torch.float32).eval()
     held_out = held_out_text(asked)
     prompts = [text[: asked.prompt_tokens] for text in held_out]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 __all__ = [
+    "TOKENIZER_FILES",
     "Batch",
     "Flight",
     "InitializesWeights",
@@ -45,6 +46,8 @@ __all__ = [
 
 Batch = Mapping[str, "Tensor"]
 """Tensors by name; samples are dimension 0 of each."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+"""What ``tokenizer.files`` of a data module may hold, text by name. A model's checkpoints carry them to its export."""
 Values = tuple[Any, ...]
 """What one phase hands to the next: tensors, and between the phases of one layer also opaque handles."""
 

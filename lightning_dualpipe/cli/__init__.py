@@ -4,6 +4,7 @@
     draw                          a schedule over time, as text, picture or trace    cli.drawing
     plan                          what layouts of a model cost on a cluster          cli.planning
     generate                      continue a text with a trained model               cli.generating
+    export                        a Hugging Face directory of a checkpoint           cli.exporting
     consolidate verify            checkpoint directories                             cli.checkpoints
 
 This file only finds out what was asked for: ``--help``, ``draw`` and ``plan`` need neither torch nor
@@ -31,6 +32,7 @@ _COMMANDS = {
     "draw": "show a pipeline schedule as text, or write a picture or a trace of it",
     "generate": "continue a text with a trained model",
     "plan": "price the layouts of a model on a cluster: time, memory, what does not fit",
+    "export": "make a Hugging Face directory of a checkpoint, for transformers and servers",
     "consolidate": "make one file of a checkpoint directory, for strategies that know files only",
     "verify": "read every byte of checkpoint directories, and check it",
 }
@@ -48,6 +50,7 @@ examples:
   lightning-dualpipe fit --config examples/quickstart.yaml --trainer.max_steps 100 --model.preset small
   lightning-dualpipe validate --config examples/quickstart.yaml --ckpt_path last.ckpt
   lightning-dualpipe generate --checkpoint last.ckpt --prompt "import os" --speculate 2 --stream
+  lightning-dualpipe export last.ckpt served/ --dtype float8_block
   lightning-dualpipe draw --schedule dualpipe --ranks 4 --microbatches 8 --output schedule.svg
   lightning-dualpipe plan --preset 671b --gpus 2048 --gpu h800
 
@@ -79,6 +82,10 @@ def main(args: Sequence[str] | None = None) -> int:
             from lightning_dualpipe.cli.generating import generate
 
             generate(given[1:])
+        elif first == "export":
+            from lightning_dualpipe.cli.exporting import export
+
+            export(given[1:])
         elif first in ("consolidate", "verify"):
             from lightning_dualpipe.cli import checkpoints
 

@@ -6,23 +6,22 @@ lightning-dualpipe generate --checkpoint last.ckpt --prompt-file prompts.txt --t
 
 import argparse
 import json
-import pickle
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lightning_dualpipe.cli.trained import open_trained
 from lightning_dualpipe.data.tokenizers import Tokenizer, load_tokenizer
 from lightning_dualpipe.deepseek_v3.config import DeepSeekV3Config
 from lightning_dualpipe.deepseek_v3.generation.decode import Generation
 from lightning_dualpipe.deepseek_v3.module import DeepSeekV3
 from lightning_dualpipe.errors import ConfigurationError
 
-__all__ = ["from_checkpoint", "generate"]
+__all__ = ["generate"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -80,7 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", type=Path, help="a Hugging Face directory, as save_pretrained writes it")
-    source.add_argument("--checkpoint", type=Path, metavar="FILE.ckpt", help="a checkpoint of a training")
+    source.add_argument(
+        "--checkpoint", type=Path, metavar="LAST.ckpt", help="a checkpoint of a training, a file or a directory"
+    )
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompt", action="append", help="the text to continue; again for more texts in one batch")
     text.add_argument("--prompt-file", type=Path, help="one text to continue, or with --lines one in each line")
@@ -136,7 +137,7 @@ def _module(asked: argparse.Namespace) -> DeepSeekV3:
         with torch.device("cpu"):
             module = DeepSeekV3.from_pretrained(asked.model)
     else:
-        module = from_checkpoint(asked.checkpoint)
+        module = open_trained(asked.checkpoint).filled()
     return module.to(device=device, dtype=_DTYPES[asked.dtype]).eval()
 
 
@@ -150,35 +151,6 @@ def _device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ConfigurationError(f"--device {name} cannot be used: {reason}; take cpu, or leave it out") from None
     return device
-
-
-def from_checkpoint(path: Path) -> DeepSeekV3:
-    """Nothing in the file is run, and states of optimizers are not read."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise ConfigurationError(f"--checkpoint {path} does not exist") from None
-    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        hint = "; a directory of safetensors is for --model" if path.is_dir() else ""
-        raise ConfigurationError(f"--checkpoint {path} is not a whole checkpoint file: {reason}{hint}") from None
-    settings = content.get("hyper_parameters") if isinstance(content, dict) else None
-    weights = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(settings, dict) or "overrides" not in settings or not isinstance(weights, dict):
-        raise ConfigurationError(
-            f"--checkpoint {path} is no checkpoint of lightning_dualpipe.DeepSeekV3: it has no hyper_parameters of "
-            "one; give a .ckpt that a Trainer saved of it"
-        )
-    module = DeepSeekV3(**settings)
-    module.configure_model()
-    try:
-        module.load_state_dict(weights)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:5]]
-        raise ConfigurationError.of(
-            f"the weights in --checkpoint {path} are not those of its configuration", lines
-        ) from None
-    return module
 
 
 # ---- texts and tokens -----------------------------------------------------------------------------

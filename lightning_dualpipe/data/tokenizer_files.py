@@ -10,9 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_dualpipe.errors import ConfigurationError, MissingPackageError
+from lightning_dualpipe.interface import TOKENIZER_FILES
 
 __all__ = ["FileTokenizer"]
 
+_FILE = "tokenizer.json"
 EOS_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<eos>", "[EOS]")
 BOS_NAMES = ("<s>", "<|begin_of_text|>", "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<bos>", "[BOS]")
 """Names under which models publish these tokens; ``tokenizer.json`` itself does not say which they are."""
@@ -23,9 +25,10 @@ class FileTokenizer:
 
     def __init__(self, file: str | os.PathLike[str], *, eos_token: str | None = None) -> None:
         path = Path(os.path.expanduser(file))
-        path = path / "tokenizer.json" if path.is_dir() else path
+        path = path / _FILE if path.is_dir() else path
         content = _read(path)
         self._tokenizer = _parse(content, path)
+        self.files = _with_those_beside(path, content)
         # what a file says about the length of inputs is for inference; a corpus is taken whole
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -53,6 +56,12 @@ def _read(path: Path) -> bytes:
             f"tokenizer={str(path)!r} cannot be read ({error.strerror}): give a Hugging Face tokenizer.json, a folder "
             "with one, or no tokenizer for bytes"
         ) from None
+
+
+def _with_those_beside(path: Path, content: bytes) -> dict[str, str]:
+    """A folder that was published has more to say about its tokenizer."""
+    beside = [path.with_name(name) for name in TOKENIZER_FILES if name != _FILE]
+    return {_FILE: content.decode()} | {each.name: _read(each).decode() for each in beside if each.is_file()}
 
 
 def _parse(content: bytes, path: Path) -> Any:

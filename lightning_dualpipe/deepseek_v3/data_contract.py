@@ -1,7 +1,7 @@
 """What a LightningDataModule says about its tokens, and whether a model can take them.
 
 Any data module says it by attributes named as ``TextDataModule``'s: ``vocab_size``, ``sequence_length``,
-and a ``tokenizer`` with ``bos``, ``eos`` and ``pad``. What one does not say is not checked, and not known.
+and a ``tokenizer`` with ``bos``, ``eos``, ``pad`` and ``files``. What one does not say is not checked, and not known.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from lightning_dualpipe.deepseek_v3.config import DeepSeekV3Config
 from lightning_dualpipe.deepseek_v3.hf_config import TOKEN_IDS
 from lightning_dualpipe.errors import ConfigurationError
 
-__all__ = ["TokenIds", "check_data", "check_token_ids", "token_ids_of"]
+__all__ = ["TokenIds", "check_data", "check_token_ids", "token_ids_of", "tokenizer_files_of"]
 
 TokenIds = dict[str, int | list[int] | None]
 """Any of ``hf_config.TOKEN_IDS``."""
@@ -42,6 +42,12 @@ def token_ids_of(data: object) -> TokenIds:
     tokenizer = getattr(data, "tokenizer", None)
     found = {name: getattr(tokenizer, name.removesuffix("_token_id"), None) for name in TOKEN_IDS}
     return {name: value for name, value in found.items() if isinstance(value, int)}
+
+
+def tokenizer_files_of(data: object) -> dict[str, str]:
+    """What Hugging Face's libraries read the tokenizer of ``data`` from; nothing if it does not say."""
+    found = getattr(getattr(data, "tokenizer", None), "files", None)
+    return dict(found) if isinstance(found, Mapping) else {}
 
 
 def check_token_ids(token_ids: Mapping[str, object]) -> None:

@@ -17,13 +17,29 @@ from lightning_dualpipe.deepseek_v3.hf_writer import FileDtype, dtype_beside_fp8
 from lightning_dualpipe.deepseek_v3.model import Transformer
 from lightning_dualpipe.deepseek_v3.safetensors_files import begins_a_file, file_names, size_in_bytes
 
-__all__ = ["PlannedFile", "PlannedTensor", "export_plan"]
+__all__ = ["PlannedFile", "PlannedTensor", "Source", "export_plan"]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Elements of our tensor ``name`` that one of the files' is made of: ``shape``, from number ``start`` on."""
+
+    name: str
+    start: int
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
+    """``source`` is None of tensors without numbers."""
+
     shape: tuple[int, ...]
     dtype: torch.dtype
+    source: Source | None = None
 
     @property
     def size(self) -> int:
@@ -66,21 +82,22 @@ def export_plan(
 def _tensors(config: DeepSeekV3Config, dtype: FileDtype) -> Iterator[tuple[str, PlannedTensor]]:
     """In the order of ``hf_writer.save_weights``."""
     dense = dtype_beside_fp8(dtype)
-    for key, shape in _shapes(config):
+    for key, source in _sources(config):
+        shape = source.shape
         if dtype in WEIGHT_OPERANDS and is_in_fp8(key):
-            yield key, PlannedTensor(shape, torch.float8_e4m3fn)
-            yield scale_key(key), PlannedTensor(scale_shape(shape), torch.float32)
+            yield key, PlannedTensor(shape, torch.float8_e4m3fn, source)
+            yield scale_key(key), PlannedTensor(scale_shape(shape), torch.float32, source)
         else:
-            yield key, PlannedTensor(shape, torch.float32 if is_router_bias(key) else dense)
+            yield key, PlannedTensor(shape, torch.float32 if is_router_bias(key) else dense, source)
     for key, shape in shapes_without_numbers(config).items():
         yield key, PlannedTensor(shape, dense)
 
 
-def _shapes(config: DeepSeekV3Config) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _sources(config: DeepSeekV3Config) -> Iterator[tuple[str, Source]]:
     with torch.device("meta"), torch.no_grad():
         model = Transformer(config)
         for part in parts_of(model):
-            for key, tensor in pieces(part, config):
-                yield key, tuple(tensor.shape)
+            for key, view in pieces(part, config):
+                yield key, Source(part.name, int(view.storage_offset()), tuple(view.shape))
             for key in copies(part.name, config):
-                yield key, tuple(part.tensor.shape)
+                yield key, Source(part.name, 0, tuple(part.tensor.shape))

@@ -37,7 +37,7 @@ from lightning_dualpipe.deepseek_v3.hf_names import (
 from lightning_dualpipe.deepseek_v3.safetensors_files import CONFIG, ShardWriter, size_in_bytes
 from lightning_dualpipe.errors import ConfigurationError
 
-__all__ = ["FileDtype", "dtype_beside_fp8", "save_together", "save_weights"]
+__all__ = ["FileDtype", "documents", "dtype_beside_fp8", "save_together", "save_weights", "warn_of_misreading"]
 
 FileDtype = Literal["bfloat16", "float32", "float64", "float8_block", "float8_block_power_of_two"]
 """Of the tensors in files. The router's bias is float32 in each. ``float8_block`` is the released format: what
@@ -54,8 +54,12 @@ def save_weights(
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     token_ids: Mapping[str, int | list[int] | None] | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> None:
     """Write ``parts``, in any order, each tensor once.
+
+    Args:
+        texts: files of the tokenizer by name, to go along.
 
     Memory: one shard beside the parts. An interrupted export leaves what was in the directory.
 
@@ -65,7 +69,6 @@ def save_weights(
     """
     dense = dtype_beside_fp8(dtype)
     awaited = shapes_by_key(config)
-    misread = [key for key, shape in awaited.items() if is_in_fp8(key) and is_misread_by_transformers(shape)]
     with ShardWriter(Path(directory), size_in_bytes(max_shard_size), overwrite=overwrite) as writer:
         for key, tensor in _tensors(parts, config, awaited):
             if dtype in WEIGHT_OPERANDS and is_in_fp8(key):
@@ -81,19 +84,35 @@ def save_weights(
                 f"{len(awaited)} tensors are missing from what is to be exported ({', '.join(list(awaited)[:4])}, …); "
                 "a rank of a parallel run holds only some of the layers and experts: gather the model first"
             )
-        settings = config_to_hf(
-            config,
-            dtype=str(dense).removeprefix("torch."),
-            token_ids=token_ids,
-            quantization=QUANTIZATION_CONFIG if dtype in WEIGHT_OPERANDS else None,
-        )
-        writer.publish({CONFIG: settings, "generation_config.json": generation_config(token_ids or {})})
-    if dtype in WEIGHT_OPERANDS and misread:
+        writer.publish(documents(config, dtype, token_ids or {}, texts or {}))
+    warn_of_misreading(config, dtype, directory)
+
+
+def documents(
+    config: DeepSeekV3Config, dtype: FileDtype, token_ids: Mapping[str, Any], texts: Mapping[str, str]
+) -> dict[str, Mapping[str, Any] | str]:
+    """All files of a directory but those of tensors and their index, by name."""
+    settings = config_to_hf(
+        config,
+        dtype=str(dtype_beside_fp8(dtype)).removeprefix("torch."),
+        token_ids=token_ids,
+        quantization=QUANTIZATION_CONFIG if dtype in WEIGHT_OPERANDS else None,
+    )
+    return {**texts, "generation_config.json": generation_config(token_ids), CONFIG: settings}
+
+
+def warn_of_misreading(config: DeepSeekV3Config, dtype: FileDtype, directory: str | Path) -> None:
+    """Of FP8 that transformers takes for other numbers."""
+    if dtype not in WEIGHT_OPERANDS:
+        return
+    shapes = shapes_by_key(config).items()
+    misread = [key for key, shape in shapes if is_in_fp8(key) and is_misread_by_transformers(shape)]
+    if misread:
         warnings.warn(
             f"transformers (5.23) reads {len(misread)} weights in {directory} wrongly and does not say so: the blocks "
             f"at the edges of {', '.join(misread[:2])}, … are smaller than 128 x 128. This package reads them right; "
             "for transformers write dtype='bfloat16', or choose sizes that are multiples of 128",
-            stacklevel=2,
+            stacklevel=3,
         )
 
 

@@ -24,16 +24,21 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from lightning_dualpipe.deepseek_v3.config import ConfigOverrides, DeepSeekV3Config, Preset
-from lightning_dualpipe.deepseek_v3.convert import load_pretrained, read_pretrained_config, read_token_ids
+from lightning_dualpipe.deepseek_v3.convert import load_pretrained, read_token_ids
 from lightning_dualpipe.deepseek_v3.count import count_parameters, training_flops
-from lightning_dualpipe.deepseek_v3.data_contract import TokenIds, check_data, check_token_ids, token_ids_of
+from lightning_dualpipe.deepseek_v3.data_contract import (
+    TokenIds,
+    check_data,
+    check_token_ids,
+    token_ids_of,
+    tokenizer_files_of,
+)
 from lightning_dualpipe.deepseek_v3.generation.generates import Generates
-from lightning_dualpipe.deepseek_v3.hf_names import Part, parts_of
-from lightning_dualpipe.deepseek_v3.hf_writer import FileDtype, save_together
 from lightning_dualpipe.deepseek_v3.learning_rate import LearningRateSchedule, learning_rate_factor
 from lightning_dualpipe.deepseek_v3.model import Transformer
 from lightning_dualpipe.deepseek_v3.optimizer import Moments, build_optimizer, check_moments
 from lightning_dualpipe.deepseek_v3.padding import MASK
+from lightning_dualpipe.deepseek_v3.pretrained import Pretrained, configuration
 from lightning_dualpipe.deepseek_v3.recompute import Recompute
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.interface import Batch, ReplicaAware
@@ -41,13 +46,15 @@ from lightning_dualpipe.interface import Batch, ReplicaAware
 __all__ = ["DeepSeekV3"]
 
 
-class DeepSeekV3(Generates, LightningModule):
+class DeepSeekV3(Generates, Pretrained, LightningModule):
     """A trainable DeepSeek-V3.
 
     Args:
         preset: ``tiny``, ``small``, ``16b`` or ``671b``: the configuration to start from. Default: ``tiny``.
         overrides: fields of ``DeepSeekV3Config`` that differ from the preset.
         config: a whole configuration instead of preset and overrides.
+        pretrained: a Hugging Face directory to begin with, instead of a preset. Its weights are read when a Trainer has
+            cut the model, by every rank its part; a checkpoint that the run goes on from takes their place.
         learning_rate: the highest one.
         learning_rate_schedule: ``constant``, ``cosine`` (to ``minimum_learning_rate_ratio`` at the end of training)
             or ``report``: constant for 10T tokens, cosine over 4.3T, then two constant rates.
@@ -75,6 +82,7 @@ class DeepSeekV3(Generates, LightningModule):
         overrides: ConfigOverrides | None = None,
         *,
         config: DeepSeekV3Config | None = None,
+        pretrained: str | Path | None = None,
         learning_rate: float = 2.2e-4,
         learning_rate_schedule: LearningRateSchedule = "constant",
         minimum_learning_rate_ratio: float = 0.1,
@@ -89,16 +97,13 @@ class DeepSeekV3(Generates, LightningModule):
         token_ids: TokenIds | None = None,
     ) -> None:
         super().__init__()
-        if config is not None and (preset is not None or overrides is not None):
-            raise ConfigurationError(
-                f"preset={preset!r} and overrides={overrides!r} have no effect beside config, a whole configuration: "
-                "vary that by config.with_overrides(…), or leave it out"
-            )
         check_token_ids(token_ids or {})
         check_moments(moments)
         if recompute not in get_args(Recompute):
             raise ConfigurationError(f"recompute={recompute!r} is not one of {', '.join(get_args(Recompute))}")
-        self.config = config or DeepSeekV3Config.from_preset(preset or "tiny", **(overrides or {}))
+        self.config = configuration(preset, overrides, config, pretrained)
+        if token_ids is None and pretrained is not None:
+            token_ids = read_token_ids(pretrained)
         # plain values, so that checkpoints load without running code; the configuration is kept whole
         self.save_hyperparameters(
             {
@@ -122,7 +127,8 @@ class DeepSeekV3(Generates, LightningModule):
         self._tokens_since: Tensor | float = 0.0
         self.expert_load: dict[str, Tensor] = {}
         """Tokens per expert [E] of the last optimizer step, by router, over all ranks; of the layers held here."""
-        self._pretrained: Path | None = None
+        self._pretrained = Path(pretrained) if pretrained is not None else None
+        self.tokenizer_files = {}
         with torch.device("meta"):
             self.model = Transformer(self.config, recompute=recompute)
 
@@ -138,75 +144,11 @@ class DeepSeekV3(Generates, LightningModule):
             self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """Fill the parameters held here: initial weights, or those of ``from_pretrained``."""
+        """Fill the parameters held here: initial weights, or those of ``pretrained``."""
         if self._pretrained is not None:
             load_pretrained(self.model, self._pretrained)
         else:
             self.model.initialize_weights(self._seed())
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        directory: str | Path,
-        *,
-        overrides: ConfigOverrides | None = None,
-        materialize: bool = True,
-        **settings: Any,
-    ) -> Self:
-        """A module with the weights of a Hugging Face directory.
-
-        Args:
-            directory: with ``config.json`` and safetensors files.
-            overrides: fields of the configuration that are to differ from ``config.json``.
-            materialize: False leaves the weights in their files until a Trainer has cut the model, so that
-                every rank reads only its part: for models larger than the memory of one process.
-            settings: arguments of the constructor other than the configuration.
-        """
-        config = read_pretrained_config(directory).with_overrides(**(overrides or {}))
-        module = cls(config=config, **{"token_ids": read_token_ids(directory), **settings})
-        module._pretrained = Path(directory)
-        if materialize:
-            module.configure_model()
-        return module
-
-    def save_pretrained(
-        self,
-        directory: str | Path,
-        *,
-        dtype: FileDtype = "bfloat16",
-        max_shard_size: int | str = "5GB",
-        overwrite: bool = False,
-        token_ids: TokenIds | None = None,
-    ) -> None:
-        """Write a Hugging Face directory that transformers and serving engines read.
-
-        ``dtype="float8_block"`` writes the format of DeepSeek's release: FP8 in blocks of 128 x 128, the rest bfloat16.
-
-        With several ranks all of them call this. Rank 0 writes, and all return when the directory is complete, or
-        raise what kept rank 0 from writing. ``token_ids`` are by default those of the data the model was trained on;
-        where these say nothing, those it was imported with.
-        """
-        self.configure_model()
-        token_ids = self.hparams["token_ids"] if token_ids is None else token_ids
-        check_token_ids(token_ids or {})
-        strategy = self._trainer.strategy if self._trainer is not None else None
-        parts = iter(parts_of(self.model))
-        if isinstance(strategy, ReplicaAware):
-            parts = (
-                Part(name.removeprefix("model."), tensor, rows.start if rows is not None else 0)
-                for name, rows, tensor in strategy.whole_tensors()
-            )
-        save_together(
-            parts,
-            self.config,
-            directory,
-            writes=strategy is None or strategy.is_global_zero,
-            agree=lambda problem: problem if strategy is None else strategy.broadcast(problem),
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            token_ids=token_ids,
-        )
 
     def num_parameters(self, mtp: bool = False) -> int:
         """Of the whole model, whether or not it has been built; by default without multi-token prediction."""
@@ -229,6 +171,7 @@ class DeepSeekV3(Generates, LightningModule):
         check_data(self.config, data)
         if stage == TrainerFn.FITTING and (found := token_ids_of(data)):
             self.hparams["token_ids"] = {**(self.hparams["token_ids"] or {}), **found}
+            self.tokenizer_files = tokenizer_files_of(data)
 
     # ---- steps --------------------------------------------------------------------------------
 
@@ -360,10 +303,12 @@ class DeepSeekV3(Generates, LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokens_seen"] = self.tokens_seen
+        checkpoint["tokenizer_files"] = self.tokenizer_files
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._tokens_before, self._tokens_since = checkpoint.get("tokens_seen", 0.0), 0.0
+        self.tokenizer_files = self.tokenizer_files or checkpoint.get("tokenizer_files", {})
 
     @override
     def cpu(self) -> Self:

@@ -14,8 +14,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -25,7 +25,16 @@ from torch import Tensor
 
 from lightning_dualpipe.errors import ConfigurationError, MissingPackageError
 
-__all__ = ["ShardWriter", "TensorReader", "begins_a_file", "file_names", "read_json", "size_in_bytes"]
+__all__ = [
+    "ModelDirectory",
+    "ShardWriter",
+    "TensorReader",
+    "begins_a_file",
+    "file_names",
+    "read_json",
+    "size_in_bytes",
+    "write_shard",
+]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -51,7 +60,7 @@ def _what_is(directory: Path) -> str:
         return f"{directory} does not exist: give a local directory, names on a hub are not looked up"
     if not directory.is_dir():
         return f"{directory} is a file: give the directory that holds config.json and the safetensors files"
-    if (directory / ShardWriter.WORKPLACE).exists():
+    if (directory / ModelDirectory.WORKPLACE).exists():
         return f"an export to {directory} was interrupted: export again"
     names = sorted(path.name for path in directory.iterdir())
     return f"the directory holds {', '.join(names[:5]) + (', …' if len(names) > 5 else '') or 'nothing'}"
@@ -171,32 +180,87 @@ def _safetensors() -> Any:
     return safetensors
 
 
-class ShardWriter:
-    """Collects tensors into files of at most ``max_shard_size`` bytes, in the order in which they come.
+class ModelDirectory:
+    """A directory that becomes a model when all its files are there, and not before.
 
-    Nothing in the directory can be taken for a model before ``publish``, and a model that was there
-    stays whole until then. Memory: the tensors of one shard.
+    Until ``publish`` a model that was there stays whole; if that is never called, everything is as it was.
+
+    Raises:
+        ConfigurationError: it holds a model and ``overwrite`` is off, or cannot be written.
     """
 
     WORKPLACE = ".incomplete"
 
-    def __init__(self, directory: Path, max_shard_size: int, *, overwrite: bool = False) -> None:
-        self._directory = directory
+    def __init__(self, directory: Path, *, overwrite: bool = False) -> None:
+        self.directory = directory
         self._workplace = directory / self.WORKPLACE
-        self._max_shard_size = max_shard_size
-        self._waiting: dict[str, Tensor] = {}
-        self._waiting_size = 0
-        self._shards: list[list[str]] = []
-        self._total_size = 0
         _check_target(directory, overwrite=overwrite)
-        shutil.rmtree(self._workplace, ignore_errors=True)
-        self._workplace.mkdir(parents=True)
+        self._made = not directory.exists()
+        with _told_of(directory):
+            if self._workplace.exists():
+                shutil.rmtree(self._workplace)
+            self._workplace.mkdir(parents=True)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         shutil.rmtree(self._workplace, ignore_errors=True)
+        if error is not None and self._made:
+            with suppress(OSError):
+                self.directory.rmdir()
+
+    def shard(self, number: int) -> Path:
+        """Where to write file ``number``, counted from 0, for ``publish`` to find it."""
+        return self._workplace / f"{number}.safetensors"
+
+    def publish(
+        self, shards: Sequence[Iterable[str]], total_size: int, documents: Mapping[str, Mapping[str, Any] | str]
+    ) -> None:
+        """Put the files in place, ``config.json`` last.
+
+        Args:
+            shards: the tensors in each file.
+            total_size: bytes of all tensors.
+            documents: by name, texts or what JSON is made of.
+        """
+        names = file_names(len(shards))
+        if len(names) > 1:
+            weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
+            index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+            documents = {INDEX: index, **documents}
+        with _told_of(self.directory):
+            for name, content in documents.items():  # all that needs space, before anything is touched
+                text = content if isinstance(content, str) else json.dumps(content, indent=2, allow_nan=False) + "\n"
+                (self._workplace / name).write_text(text, encoding="utf-8")
+                _sync(self._workplace / name)
+            for name in [CONFIG, INDEX, *(path.name for path in _model_files(self.directory))]:
+                (self.directory / name).unlink(missing_ok=True)
+            for number, name in enumerate(names):
+                os.replace(self.shard(number), self.directory / name)
+            for name in sorted(documents, key=lambda name: name == CONFIG):
+                os.replace(self._workplace / name, self.directory / name)
+
+
+class ShardWriter:
+    """Collects tensors into files of at most ``max_shard_size`` bytes, in the order in which they come.
+
+    Memory: the tensors of one shard.
+    """
+
+    def __init__(self, directory: Path, max_shard_size: int, *, overwrite: bool = False) -> None:
+        self._target = ModelDirectory(directory, overwrite=overwrite)
+        self._max_shard_size = max_shard_size
+        self._waiting: dict[str, Tensor] = {}
+        self._waiting_size = 0
+        self._shards: list[list[str]] = []
+        self._total_size = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._target.__exit__(kind, error, at)
 
     def add(self, key: str, tensor: Tensor, dtype: torch.dtype) -> None:
         """Take a copy of ``tensor`` in ``dtype``."""
@@ -207,33 +271,49 @@ class ShardWriter:
         self._waiting_size += size
         self._total_size += size
 
-    def publish(self, documents: Mapping[str, Mapping[str, Any]]) -> None:
-        """Put the shards, their index and the JSON ``documents`` in place, ``config.json`` last."""
+    def publish(self, documents: Mapping[str, Mapping[str, Any] | str]) -> None:
         self._write_shard()
-        for name in [CONFIG, INDEX, *(path.name for path in _model_files(self._directory))]:
-            (self._directory / name).unlink(missing_ok=True)
-        names = file_names(len(self._shards))
-        for number, name in enumerate(names):
-            os.replace(self._workplace / f"{number}.safetensors", self._directory / name)
-        if len(names) > 1:
-            weight_map = {key: name for name, keys in zip(names, self._shards, strict=True) for key in keys}
-            metadata = {"total_size": self._total_size}
-            self._write_json(INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
-        for name in sorted(documents, key=lambda name: name == CONFIG):
-            self._write_json(name, documents[name])
+        self._target.publish(self._shards, self._total_size, documents)
 
     def _write_shard(self) -> None:
         if self._waiting:
-            path = self._workplace / f"{len(self._shards)}.safetensors"
-            _safetensors().torch.save_file(self._waiting, path, metadata={"format": "pt"})
+            write_shard(self._waiting, self._target.shard(len(self._shards)))
             self._shards.append(list(self._waiting))
             self._waiting.clear()
             self._waiting_size = 0
 
-    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        path = self._workplace / name
-        path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(path, self._directory / name)
+
+def write_shard(tensors: dict[str, Tensor], path: Path) -> None:
+    """One file, on the disk when this returns.
+
+    Raises:
+        ConfigurationError: the disk is full, or the like.
+    """
+    with _told_of(path.parent.parent):
+        path.touch()
+        mode = path.stat().st_mode  # the library (0.8) makes files that other users, such as a server's, cannot read
+        _safetensors().torch.save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(mode)
+        _sync(path)
+
+
+@contextmanager
+def _told_of(directory: Path) -> Iterator[None]:
+    library = _safetensors()
+    try:
+        yield
+    except (OSError, library.SafetensorError) as error:
+        raise ConfigurationError(
+            f"{directory} cannot be written: {error}; free space, or choose another directory"
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def begins_a_file(filled: int, size: int, max_shard_size: int) -> bool:

@@ -167,10 +167,12 @@ def test_wrong_files_are_named(
     latin = tmp_path / "latin.txt"
     latin.write_bytes("é".encode("latin-1"))
     assert f"{missing} does not exist: give a local directory" in refused(capsys, "--model", missing, *prompt)
-    assert f"--checkpoint {missing} does not exist" in refused(capsys, "--checkpoint", missing, *prompt)
+    assert f"{missing} does not exist" in refused(capsys, "--checkpoint", missing, *prompt)
     for path in (empty, cut, exported / "config.json"):
-        assert f"--checkpoint {path} is not a whole checkpoint file" in refused(capsys, "--checkpoint", path, *prompt)
-    assert "a directory of safetensors is for --model" in refused(capsys, "--checkpoint", exported, *prompt)
+        assert f"{path} is not a whole checkpoint file" in refused(capsys, "--checkpoint", path, *prompt)
+    assert "is a Hugging Face directory of safetensors, not a checkpoint" in refused(
+        capsys, "--checkpoint", exported, *prompt
+    )
     assert "no checkpoint of lightning_dualpipe.DeepSeekV3" in refused(capsys, "--checkpoint", other, *prompt)
     assert "is a file: give the directory" in refused(capsys, "--model", exported / "config.json", *prompt)
     for path in (missing, latin):

@@ -51,7 +51,7 @@ def test_imported_settings_can_be_overridden_and_misspelt_ones_are_named(tmp_pat
     assert again.config == module().config.with_overrides(**overrides) != module().config
     with pytest.raises(ConfigurationError, match=r"initializer_rang=.*did you mean 'initializer_range'"):
         DeepSeekV3.from_pretrained(tmp_path, overrides={"initializer_rang": 0.5})  # type: ignore[typeddict-unknown-key]
-    with pytest.raises(ConfigurationError, match=r"preset='small'.*no effect beside config"):
+    with pytest.raises(ConfigurationError, match=r"preset='small'.*no effect beside pretrained"):
         DeepSeekV3.from_pretrained(tmp_path, preset="small")
 
 
