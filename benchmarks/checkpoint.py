@@ -8,7 +8,8 @@ the host has nothing to do: without it the thread that writes would take its tim
 GPU node does.
 
     step          mean over all steps, those that save included
-    waits         what a save takes from training; for the background that is the copy of this rank's share
+    waits         what a save takes from training; for the background that is the copy of weights, and what ranks tell
+                  rank 0
     write         from the first byte until the directory has its name
     peak          most host memory of a rank, beyond what it had before the first save
 """

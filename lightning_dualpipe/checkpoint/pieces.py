@@ -36,7 +36,9 @@ def optimizer_pieces(
         for key, value in state.items():
             place = place_of(key, state, shape, rows, elements, local["rows_apart"])
             if place is not None:
-                pieces.append(Piece(Key(section, first, key), place.shape, place.start, value, sparse=True))
+                pieces.append(
+                    Piece(Key(section, first, key), place.shape, place.start, value, sparse=True, steady=True)
+                )
                 del rest[first][key]
     return pieces, {**local, "state": rest}
 
@@ -48,7 +50,7 @@ def main_weight_pieces(store: CheckpointStore, section: str, optimizers: Iterabl
             if shard.is_main_weight:
                 values: Tensor = shard.stepped
                 start = _first_element(store, first) + (shard.elements.start if shard.elements is not None else 0)
-                pieces.append(Piece(Key(section, first), store.shape_of(first), start, values))
+                pieces.append(Piece(Key(section, first), store.shape_of(first), start, values, steady=True))
     return pieces
 
 

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -54,6 +54,7 @@ class Piece:
     Args:
         shape: of the whole tensor.
         sparse: elements that nobody has are zeros.
+        steady: between two steps of the optimizer nobody writes to ``values``.
     """
 
     key: Key
@@ -61,10 +62,7 @@ class Piece:
     start: int
     values: Tensor
     sparse: bool = False
-
-    def on_host(self) -> "Piece":
-        """A copy that nobody writes to."""
-        return replace(self, values=self.values.detach().to("cpu", copy=True))
+    steady: bool = False
 
     def cuts(self, block_bytes: int) -> Iterator[tuple[int, int]]:
         """Whole rows (experts) where they are small enough, so that who loads some reads no others."""
@@ -102,11 +100,12 @@ class Contents:
 
 
 def save(
-    pieces: Sequence[Piece], contents: Contents, target: Path, group: dist.ProcessGroup | None, *, rank: int
+    pieces: Iterable[Piece], contents: Contents, target: Path, group: dist.ProcessGroup | None, *, rank: int
 ) -> None:
     """Write what all ranks have. A collective; returns when ``target`` is on the disk, whole.
 
     Args:
+        pieces: asked for once. If that raises, all ranks do.
         contents: counts on rank 0.
         group: all ranks, on the host; None if there is one.
 
@@ -144,7 +143,7 @@ def _save_alone(planner: "_Planner", writer: "_Writer") -> None:
 class _Planner(SavePlanner):
     """Every piece in blocks; each tensor of the whole as one line of elements."""
 
-    def __init__(self, pieces: Sequence[Piece]) -> None:
+    def __init__(self, pieces: Iterable[Piece]) -> None:
         self._pieces = pieces
         self._values: dict[MetadataIndex, tuple[Piece, int, int]] = {}
 
@@ -152,8 +151,8 @@ class _Planner(SavePlanner):
         self._values.clear()
 
     def create_local_plan(self) -> SavePlan:
-        items = []
-        for piece in self._pieces:
+        items, pieces = [], tuple(self._pieces)
+        for piece in pieces:
             if piece.values.dtype not in DTYPES:
                 raise ConfigurationError(
                     f"{piece.key} is of {piece.values.dtype}, which a checkpoint directory cannot hold; "
@@ -166,7 +165,7 @@ class _Planner(SavePlanner):
                 data = TensorWriteData(chunk, properties, torch.Size((size,)))
                 items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
                 self._values[index] = (piece, start, stop)
-        described = {str(p.key): (p.key, p.shape, p.values.dtype, p.sparse) for p in self._pieces}
+        described = {str(p.key): (p.key, p.shape, p.values.dtype, p.sparse) for p in pieces}
         return SavePlan(items, planner_data=described)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
@@ -300,20 +299,29 @@ def _dtype(item: WriteItem) -> torch.dtype:
 
 
 def _packed(state: Mapping[str, Any]) -> bytes:
+    try:
+        packed = _saved(dict(state))
+        torch.load(io.BytesIO(packed), weights_only=True)
+        return packed
+    except Exception as error:
+        raise _told_apart(state) or error from None
+
+
+def _told_apart(state: Mapping[str, Any]) -> ConfigurationError | None:
     problems = []
     for key, value in state.items():
         try:
             torch.load(io.BytesIO(_saved(value)), weights_only=True)
         except Exception as error:
             problems.append(f"checkpoint[{key!r}]: {_reason(error)}")
-    if problems:
-        raise ConfigurationError.of(
-            "the checkpoint could be written, but not read again without running code that is in it. Keep plain "
-            "values (numbers, strings, lists, dictionaries, tensors) in hyperparameters and in the states of "
-            "callbacks, or register the class on every start: torch.serialization.add_safe_globals([Class])",
-            problems,
-        )
-    return _saved(dict(state))
+    if not problems:
+        return None
+    return ConfigurationError.of(
+        "the checkpoint could be written, but not read again without running code that is in it. Keep plain "
+        "values (numbers, strings, lists, dictionaries, tensors) in hyperparameters and in the states of "
+        "callbacks, or register the class on every start: torch.serialization.add_safe_globals([Class])",
+        problems,
+    )
 
 
 def _saved(value: Any) -> bytes:

@@ -160,6 +160,7 @@ class ShardedOptimizer:
 
     Args:
         named: this rank's parameters by the names that ``replicas`` knows.
+        before_step: called when a step is about to change what this rank keeps.
 
     All holders of a parameter make one for it, and step equally often.
     """
@@ -169,6 +170,7 @@ class ShardedOptimizer:
         optimizer: Optimizer,
         named: Callable[[], Mapping[str, nn.Parameter]],
         replicas: ReplicaGroups,
+        before_step: Callable[[], None] = lambda: None,
     ) -> None:
         if isinstance(optimizer, LBFGS):
             raise ConfigurationError(
@@ -183,7 +185,7 @@ class ShardedOptimizer:
         says_so = vars(type(optimizer)).get("elementwise", False)  # of its own class: a subclass may do anything
         self.elementwise = type(optimizer) in _ELEMENTWISE or says_so
         """Whether the states of a parameter have its shape, or are one number."""
-        self._named, self._replicas = named, replicas
+        self._named, self._replicas, self._before_step = named, replicas, before_step
         self._known: set[str] = set()
         self._cuts: list[_Cut] = []
         self._own_step: Callable[..., Any] | None = None
@@ -274,6 +276,7 @@ class ShardedOptimizer:
                 self.optimizer.state[shard.stepped] = {key: shard.state(value) for key, value in state.items()}
 
     def _step(self, own_step: Callable[[], Any]) -> None:
+        self._before_step()
         self.cut()
         with torch.no_grad():
             for shard in self.shards.values():

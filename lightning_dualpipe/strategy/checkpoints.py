@@ -42,7 +42,7 @@ class PipelineCheckpoints(PipelineOptimizers):
 
     save_distributed_checkpoint: bool | Literal["async"] = False
     _saves: DistributedSaves | None = None
-    _random_states: Mapping[str, Any] | None = None
+    _random_states: str | None = None
     """Until the first batch of a run that goes on."""
 
     @property
@@ -106,6 +106,11 @@ class PipelineCheckpoints(PipelineOptimizers):
         else:
             super().remove_checkpoint(filepath)
 
+    @override
+    def _settle_saving(self) -> None:
+        if self._saves is not None:
+            self._saves.settle()
+
     def _finish_saving(self) -> None:
         """Before the ranks part, or somebody wants to read what was saved."""
         if self._saves is not None:
@@ -165,6 +170,7 @@ class PipelineCheckpoints(PipelineOptimizers):
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         assert self.assembly is not None
+        self._settle_saving()
         states = checkpoint["optimizer_states"]
         optimized = checkpoint.get(_OPTIMIZED, [None] * len(states))
         for sharded, state, names in zip(self._sharded, states, optimized, strict=True):

@@ -1,8 +1,9 @@
 """Checkpoint directories, saved at once or in the background.
 
     at once          all ranks write what they have, and go on when rank 0 has put the directory in place
-    in background    this rank's share is copied to host memory; a thread writes it while training goes on, and talks
-                     to the threads of other ranks over a group of its own. Whoever saves, loads or ends next waits
+    in background    this rank's share is copied to host memory, weights at once, what only optimizers change before
+                     their next step; a thread writes it while training goes on, and talks to the threads of other
+                     ranks over a group of its own. Whoever saves, loads or ends next waits
 
 A checkpoint that ModelCheckpoint no longer wants goes when the one after it is in place, by the same thread.
 """
@@ -22,6 +23,7 @@ from lightning.fabric.utilities.types import _PATH
 from lightning_dualpipe.checkpoint.background import Background
 from lightning_dualpipe.checkpoint.directory import remove
 from lightning_dualpipe.checkpoint.pieces import main_weight_pieces, optimizer_pieces, weight_pieces
+from lightning_dualpipe.checkpoint.snapshot import Snapshots
 from lightning_dualpipe.checkpoint.store import CheckpointStore
 from lightning_dualpipe.checkpoint.writer import Contents, Piece, save
 from lightning_dualpipe.errors import ConfigurationError
@@ -46,6 +48,7 @@ class DistributedSaves:
     def __init__(self, store: CheckpointStore, *, rank: int, timeout: timedelta | None, written_by: str) -> None:
         self.store, self._rank, self._timeout, self.written_by = store, rank, timeout, written_by
         self._background = Background("checkpoint-writer")
+        self._snapshots = Snapshots()
         self._group: dist.ProcessGroup | None = None
 
     def save(
@@ -83,8 +86,12 @@ class DistributedSaves:
             return
         if self._rank == 0:
             contents = contents.packed()  # what it refers to changes from now on
-        copies = [piece.on_host() for piece in pieces]
-        self._background.submit(partial(save, copies, contents, target, self._own_group(), rank=self._rank))
+        snapshot = self._snapshots.take(pieces)
+        self._background.submit(partial(save, snapshot, contents, target, self._own_group(), rank=self._rank))
+
+    def settle(self) -> None:
+        """Before a step of an optimizer: what it changes is still being copied."""
+        self._snapshots.settle()
 
     @property
     def busy(self) -> bool:
@@ -95,16 +102,19 @@ class DistributedSaves:
         self._background.submit(partial(remove, Path(os.path.abspath(path))))
 
     def finish(self, *, interrupted: bool) -> None:
-        """Wait for what is written in the background.
+        """Wait for what is written in the background, and give its memory back.
 
         Raises:
             CheckpointError: it failed; after an interrupt nobody asks.
         """
-        if interrupted:
-            with contextlib.suppress(Exception):
-                self._background.wait(_PARTING_SECONDS)
-        else:
-            self._background.wait()
+        try:
+            if interrupted:
+                with contextlib.suppress(Exception):
+                    self._background.wait(_PARTING_SECONDS)
+            else:
+                self._background.wait()
+        finally:
+            self._snapshots.release()
 
     def _split(
         self, checkpoint: Mapping[str, Any], optimizers: Iterable[ShardedOptimizer]

@@ -75,7 +75,10 @@ class PipelineOptimizers(PipelineCollectives):
             if sharded.optimizer is optimizer:  # states belong to its shards; released by the end of another fit
                 sharded.take_over()
                 return sharded
-        return ShardedOptimizer(optimizer, assembly.named_parameters, assembly.replicas)
+        return ShardedOptimizer(optimizer, assembly.named_parameters, assembly.replicas, self._settle_saving)
+
+    def _settle_saving(self) -> None:
+        """Optimizer states may be changed from here on."""
 
     def _sharded_of(self, optimizer: Optimizer) -> ShardedOptimizer:
         if isinstance(optimizer, LightningOptimizer):

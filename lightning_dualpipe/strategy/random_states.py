@@ -2,24 +2,25 @@
 
 They belong to ranks, and so to one layout: under another one each rank goes on with what it was seeded with.
 Set at the first training batch, because making the iterator of a DataLoader draws from them too.
+
+A rank's are one line of JSON. As they come they are 1250 numbers, each of which costs a microsecond to read without
+running code: of 2048 ranks seconds, and rank 0 reads what it saves, while training waits.
 """
 
-from collections.abc import Mapping
+import json
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 
 __all__ = ["collect_random_states", "set_random_states"]
 
 
-def collect_random_states(group: dist.ProcessGroup | None) -> list[Any]:
-    """On rank 0 those of every rank, in plain values. A collective."""
-    mine = _collect_rng_states()
-    if "numpy" in mine:
-        name, keys, *rest = mine["numpy"]
-        mine["numpy"] = (name, [int(key) for key in keys], *rest)
+def collect_random_states(group: dist.ProcessGroup | None) -> list[str]:
+    """On rank 0 those of every rank. A collective."""
+    mine = json.dumps(_collect_rng_states(), default=_plain)
     if group is None:
         return [mine]
     here = dist.get_rank(group) == 0
@@ -28,9 +29,20 @@ def collect_random_states(group: dist.ProcessGroup | None) -> list[Any]:
     return found if here else []
 
 
-def set_random_states(states: Mapping[str, Any]) -> None:
-    states = dict(states)
+def set_random_states(line: str) -> None:
+    states = json.loads(line)
+    states["torch"] = _tensor(states["torch"])
+    states["torch.cuda"] = [_tensor(each) for each in states["torch.cuda"]]
     if "numpy" in states:
         name, keys, *rest = states["numpy"]
         states["numpy"] = (name, np.array(keys, dtype=np.uint32), *rest)
     _set_rng_states(states)
+
+
+def _plain(state: torch.Tensor | np.ndarray) -> str | list[int]:
+    """Bytes of torch; numbers of numpy."""
+    return state.numpy().tobytes().hex() if isinstance(state, torch.Tensor) else state.tolist()
+
+
+def _tensor(digits: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray.fromhex(digits), dtype=torch.uint8)

@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import shutil
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from lightning_dualpipe import CheckpointError, DistributedCheckpointIO
 from lightning_dualpipe.checkpoint import writer
 from lightning_dualpipe.checkpoint.stored import open_stored, read_whole
 from lightning_dualpipe.errors import ConfigurationError
+from lightning_dualpipe.strategy import distributed_saves
 from tests.ranks import run_ranks
 from tests.strategy.runs import Recorder, Run, build, train, write_corpus
 from tests.strategy.test_checkpoints import assert_equal
@@ -168,6 +170,54 @@ def test_a_name_that_is_saved_again_is_replaced(corpus: str, tmp_path: Path) -> 
     run_ranks(2, save, run, str(tmp_path), options, timeout=240)
     assert [path.name for path in tmp_path.iterdir()] == ["same.ckpt"]
     assert read_whole(tmp_path / "same.ckpt")["global_step"] == 6
+
+
+# ---- while training goes on --------------------------------------------------------------------
+
+
+class SavesTwice(L.Callback):
+    """At once and in the background; then everything is written to, before the thread has begun."""
+
+    def __init__(self, folder: str, stepped: threading.Event) -> None:
+        self.folder, self.stepped = folder, stepped
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        if trainer.global_step == 2:
+            for how in (True, "async"):
+                trainer.strategy.save_distributed_checkpoint = how
+                trainer.save_checkpoint(f"{self.folder}/{how}.ckpt")
+            for tensor in module.state_dict().values():
+                tensor.data.add_(1)
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 4:
+            self.stepped.set()
+
+
+def save_twice(rank: int, run: Run, folder: str) -> None:
+    original, stepped = distributed_saves.save, threading.Event()
+
+    def save_late(*args: Any, **kwargs: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            assert stepped.wait(120)
+        original(*args, **kwargs)
+
+    distributed_saves.save = save_late
+    try:
+        trainer, module, data = build(rank, run, callbacks=[SavesTwice(folder, stepped)])
+        trainer.fit(module, data)
+    finally:
+        distributed_saves.save = original
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_what_is_written_in_the_background_is_what_was_saved(precision: str, corpus: str, tmp_path: Path) -> None:
+    """Two steps of the optimizer are over before the thread gets to its first byte."""
+    run = distributed(replace(PP2, corpus=corpus, precision=precision))
+    run_ranks(2, save_twice, run, str(tmp_path), timeout=240)
+    at_once, background = (read_whole(tmp_path / f"{how}.ckpt") for how in (True, "async"))
+    assert at_once["optimizer_states"][0]["state"] and ("main_weights" in at_once) == (precision == "bf16-true")
+    assert_equal(background, at_once)
 
 
 # ---- what can go wrong -------------------------------------------------------------------------
