@@ -54,7 +54,7 @@ from lightning_dualpipe.strategy.interrupts import exit_as_terminated, stop_betw
 from lightning_dualpipe.strategy.launcher import PipelineLauncher, join_run
 from lightning_dualpipe.strategy.metric_groups import collect_over
 from lightning_dualpipe.strategy.model_summary import summarize_the_whole_model
-from lightning_dualpipe.strategy.precision import PipelinePrecision
+from lightning_dualpipe.strategy.places import PipelinePlaces
 from lightning_dualpipe.strategy.reader import PipelineReader, check_lengths, warn_of_stream
 from lightning_dualpipe.strategy.recording import start_recording, stop_recording
 from lightning_dualpipe.strategy.requeue import requeue_between_batches
@@ -62,7 +62,7 @@ from lightning_dualpipe.strategy.requeue import requeue_between_batches
 __all__ = ["DualPipeStrategy"]
 
 
-class DualPipeStrategy(PipelinePrecision):
+class DualPipeStrategy(PipelinePlaces):
     """Trains one model over several processes: pipeline, data and expert parallelism.
 
     The world of processes is ``pipeline_parallel_size`` x data-parallel size. Experts are spread over
