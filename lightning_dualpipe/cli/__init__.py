@@ -5,6 +5,7 @@
     plan                          what layouts of a model cost on a cluster          cli.planning
     generate                      continue a text with a trained model               cli.generating
     export                        a Hugging Face directory of a checkpoint           cli.exporting
+    import                        a checkpoint of a Hugging Face directory           cli.importing
     consolidate verify            checkpoint directories                             cli.checkpoints
 
 This file only finds out what was asked for: ``--help``, ``draw`` and ``plan`` need neither torch nor
@@ -33,6 +34,7 @@ _COMMANDS = {
     "generate": "continue a text with a trained model",
     "plan": "price the layouts of a model on a cluster: time, memory, what does not fit",
     "export": "make a Hugging Face directory of a checkpoint, for transformers and servers",
+    "import": "make a checkpoint of a Hugging Face directory",
     "consolidate": "make one file of a checkpoint directory, for strategies that know files only",
     "verify": "read every byte of checkpoint directories, and check it",
 }
@@ -86,6 +88,10 @@ def main(args: Sequence[str] | None = None) -> int:
             from lightning_dualpipe.cli.exporting import export
 
             export(given[1:])
+        elif first == "import":
+            from lightning_dualpipe.cli.importing import import_
+
+            import_(given[1:])
         elif first in ("consolidate", "verify"):
             from lightning_dualpipe.cli import checkpoints
 

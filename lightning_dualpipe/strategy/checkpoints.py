@@ -172,6 +172,8 @@ class PipelineCheckpoints(PipelineOptimizers):
         assert self.assembly is not None
         self._settle_saving()
         states = checkpoint["optimizer_states"]
+        if not states:  # weights to begin with, such as an imported model's
+            return
         optimized = checkpoint.get(_OPTIMIZED, [None] * len(states))
         for sharded, state, names in zip(self._sharded, states, optimized, strict=True):
             self.assembly.store.load_optimizer_state(sharded, state, names)

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_dualpipe import CheckpointError, DistributedCheckpointIO
 from lightning_dualpipe.checkpoint import writer
 from lightning_dualpipe.checkpoint.stored import open_stored, read_whole
+from lightning_dualpipe.cli.exporting import export_checkpoint
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.strategy import distributed_saves
 from tests.ranks import run_ranks
@@ -117,6 +118,19 @@ def test_a_directory_holds_what_auto_writes(saved: dict[str, Path]) -> None:
             assert list(ours["state_dict"]) == list(theirs["state_dict"])
             for key in ("state_dict", "optimizer_states", "lr_schedulers", "loops", "TextDataModule", "tokens_seen"):
                 assert_equal(ours[key], theirs[key])
+
+
+def test_every_layout_is_exported_as_the_one_file_that_is_made_of_it(saved: dict[str, Path], tmp_path: Path) -> None:
+    for layout, path in saved.items():
+        if path.is_dir():
+            torch.save(read_whole(path), tmp_path / "one.ckpt")
+            for source, name in ((path, "directory"), (tmp_path / "one.ckpt", "file")):
+                export_checkpoint(source, tmp_path / name, dtype="float64", max_shard_size="100KB", overwrite=True)
+            exported, expected = (
+                {each.name: each.read_bytes() for each in (tmp_path / name).iterdir()} for name in ("directory", "file")
+            )
+            assert exported == expected, layout
+            assert len(exported) > 10 and "tokenizer.json" in exported, layout
 
 
 def test_every_tensor_is_written_once_and_by_those_who_have_it(saved: dict[str, Path]) -> None:
