@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         DeadlockError,
         MissingPackageError,
         ScheduleError,
+        TrainingError,
     )
     from lightning_dualpipe.interface import Batch, Flight, Layer, Phase, PipelineModel, TensorSpec, run_uncut
     from lightning_dualpipe.plugins import FP8Precision
@@ -45,6 +46,7 @@ __all__ = [
     "ScheduleError",
     "TensorSpec",
     "TextDataModule",
+    "TrainingError",
     "newest_checkpoint",
     "run_uncut",
 ]
@@ -67,6 +69,7 @@ _MODULE_OF = {
     "ScheduleError": "errors",
     "TensorSpec": "interface",
     "TextDataModule": "data",
+    "TrainingError": "errors",
     "newest_checkpoint": "checkpoint.newest",
     "run_uncut": "interface",
 }

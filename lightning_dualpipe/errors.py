@@ -5,7 +5,14 @@ A message names the value that was given, the rule it breaks, and what would wor
 
 from collections.abc import Sequence
 
-__all__ = ["CheckpointError", "ConfigurationError", "DeadlockError", "MissingPackageError", "ScheduleError"]
+__all__ = [
+    "CheckpointError",
+    "ConfigurationError",
+    "DeadlockError",
+    "MissingPackageError",
+    "ScheduleError",
+    "TrainingError",
+]
 
 
 class ConfigurationError(ValueError):
@@ -19,6 +26,10 @@ class ConfigurationError(ValueError):
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be trusted, or could not be written. Names the file; nothing was changed."""
+
+
+class TrainingError(RuntimeError):
+    """A guard has ended the run. Names the step and where the trouble is; the weights are those before that step."""
 
 
 class ScheduleError(RuntimeError):

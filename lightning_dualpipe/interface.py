@@ -27,8 +27,10 @@ __all__ = [
     "TOKENIZER_FILES",
     "Batch",
     "Flight",
+    "ForgetsSteps",
     "InitializesWeights",
     "KeepsHighPrecision",
+    "KnowsPlaces",
     "Layer",
     "Phase",
     "PipelineModel",
@@ -214,6 +216,28 @@ class ReplicaAware(Protocol):
 
         A collective: every rank iterates to the end.
         """
+        ...
+
+
+@runtime_checkable
+class KnowsPlaces(Protocol):
+    """A strategy that can say where in a pipeline something has gone wrong. None of it is a collective."""
+
+    def stages_of(self, parameter: str) -> Sequence[int]:
+        """The stages that use the parameter of this name in the LightningModule."""
+        ...
+
+    def microbatch_losses(self) -> Mapping[int, Tensor]:
+        """By microbatch of the last training batch the sum of its losses, where this rank has computed it."""
+        ...
+
+
+@runtime_checkable
+class ForgetsSteps(Protocol):
+    """A LightningModule that counts what it trains on."""
+
+    def on_step_skipped(self) -> None:
+        """Take back what was counted since the last optimizer step: its gradients are not used."""
         ...
 
 

@@ -6,11 +6,12 @@
 Where it is not there, the test is skipped and this is the reason shown. ``pytest -m gpu`` runs what needs a GPU.
 """
 
+import os
 from importlib.util import find_spec
 
 import pytest
 
-__all__ = ["needs", "needs_cuda", "needs_gpus", "needs_te", "skip_without_gpus"]
+__all__ = ["needs", "needs_cuda", "needs_gpus", "needs_patience", "needs_te", "skip_without_gpus"]
 
 
 def needs(package: str) -> pytest.MarkDecorator:
@@ -27,5 +28,7 @@ def skip_without_gpus(count: int = 1) -> pytest.MarkDecorator:
     return pytest.mark.skipif(too_few, reason=f"needs {count} CUDA device{'s' if count > 1 else ''}")
 
 
+# Whole programs that hang on purpose: minutes, most of it imports. DUALPIPE_PATIENCE=1 pytest -m slow tests/strategy
+needs_patience = pytest.mark.skipif("DUALPIPE_PATIENCE" not in os.environ, reason="set DUALPIPE_PATIENCE=1 to run it")
 needs_cuda = needs_gpus(1)
 needs_te = needs("transformer_engine")

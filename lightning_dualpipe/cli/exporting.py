@@ -9,11 +9,10 @@ import os
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, get_args
 
@@ -171,45 +170,63 @@ class _Task:
         write_file(self.file, weights, trained.read, self.path, dtype=self.dtype)
 
 
-_trained: Trained | None = None
-"""In a process that writes."""
-
-
 def _run_shared_out(tasks: Sequence[_Task], checkpoint: Path, processes: int) -> None:
-    """Each process takes the next file when it has written one.
+    """Files are of one size, so each process gets as many. The first that fails ends the others.
 
     Raises:
-        Exception: what kept the first of them from writing.
+        Exception: what kept it from writing.
     """
+    context = get_context("forkserver")
     threads = max(1, (os.cpu_count() or 1) // processes)
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), _begin, (checkpoint, threads))
+    started: dict[Any, BaseProcess] = {}
     try:
-        for done in [pool.submit(_write, task) for task in tasks]:
-            done.result()
-    except BrokenProcessPool:
-        raise ConfigurationError(
+        for number in range(processes):
+            receiver, sender = context.Pipe(duplex=False)
+            arguments = (sender, checkpoint, tasks[number::processes], threads)
+            started[receiver] = context.Process(target=_write, args=arguments, daemon=True)
+            started[receiver].start()
+            sender.close()  # so that there is an end of what it has to say when it is gone
+        unheard = set(started)
+        while unheard:
+            for heard in wait(list(unheard)):
+                unheard.remove(heard)
+                if (problem := _last_words(heard)) is not None:
+                    raise problem
+    finally:
+        for process in started.values():
+            if process.pid is not None:
+                process.terminate()  # has written all, or for nothing
+                process.join()
+
+
+def _last_words(receiver: Any) -> Exception | None:
+    try:
+        problem: Exception | None = receiver.recv()
+    except (EOFError, OSError):
+        return ConfigurationError(
             "a process of the export was killed, perhaps because memory ran out: each needs room for one file and 256 "
             "MiB; choose a smaller --shard-size, or fewer --processes"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)  # who writes now is waited for: nobody may write while files are removed
+        )
+    return problem
 
 
-def _begin(checkpoint: Path, threads: int) -> None:
-    global _trained
+def _write(sender: Connection, checkpoint: Path, tasks: Sequence[_Task], threads: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    _trained = open_trained(checkpoint)
+    problem: Exception | None = None
+    try:
+        trained = open_trained(checkpoint)
+        for task in tasks:
+            task.run(trained)
+    except Exception as error:
+        problem = error
+        problem.__cause__ = None  # for the way to another process
+    sender.send(problem)
 
 
 def _end_with_parent() -> None:
-    """A process of a pool would wait for the next file for ever."""
+    """Nobody is left to take what is written."""
     parent = parent_process()
     assert parent is not None
     wait([parent.sentinel])
     os._exit(1)
-
-
-def _write(task: _Task) -> None:
-    assert _trained is not None
-    task.run(_trained)

@@ -109,6 +109,11 @@ class Transformer(nn.Module):
         """Name and router of every mixture of experts held here, those of multi-token prediction included."""
         return ((name, module) for name, module in self.named_modules() if isinstance(module, Router))
 
+    def forget_load(self) -> None:
+        """Count the tokens of experts from zero again, without moving any bias."""
+        for _, router in self.routers():
+            router.tokens_per_expert.zero_()
+
     def mixtures(self) -> Iterator[tuple[str, MoE]]:
         """Name and mixture of experts, in the same order."""
         return ((name, module) for name, module in self.named_modules() if isinstance(module, MoE))

@@ -40,6 +40,7 @@ from lightning_dualpipe.deepseek_v3.optimizer import Moments, build_optimizer, c
 from lightning_dualpipe.deepseek_v3.padding import MASK
 from lightning_dualpipe.deepseek_v3.pretrained import Pretrained, configuration
 from lightning_dualpipe.deepseek_v3.recompute import Recompute
+from lightning_dualpipe.deepseek_v3.token_count import TokenCount
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.interface import Batch, ReplicaAware
 
@@ -123,8 +124,7 @@ class DeepSeekV3(Generates, Pretrained, LightningModule):
                 "token_ids": token_ids,
             }
         )
-        self._tokens_before = 0.0
-        self._tokens_since: Tensor | float = 0.0
+        self._tokens = TokenCount()
         self.expert_load: dict[str, Tensor] = {}
         """Tokens per expert [E] of the last optimizer step, by router, over all ranks; of the layers held here."""
         self._pretrained = Path(pretrained) if pretrained is not None else None
@@ -186,7 +186,7 @@ class DeepSeekV3(Generates, Pretrained, LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.model.mtp_loss_weight = self._mtp_loss_weight()
         means: Mapping[str, Tensor] = self.model(batch)
-        self._tokens_since = self._tokens_since + self._over_data_ranks(means["tokens"])
+        self._tokens.add(self._over_data_ranks(means["tokens"]))
         self.log("train_loss", means["loss"].detach(), prog_bar=True)
         self.log_dict({f"train_{name}": value for name, value in means.items() if name not in ("loss", "tokens")})
         return means["loss"]
@@ -236,11 +236,10 @@ class DeepSeekV3(Generates, Pretrained, LightningModule):
             # mixed precision plugins refuse to clip gradients for optimizers that can unscale them, as the fused can
             fused="mixed" not in str(self.trainer.precision),
         )
-        needs_end = hparams["learning_rate_schedule"] == "cosine"
         factor = learning_rate_factor(
             hparams["learning_rate_schedule"],
             warmup_steps=hparams["warmup_steps"],
-            total_steps=self._total_steps() if needs_end else None,
+            total_steps=self._total_steps() if hparams["learning_rate_schedule"] == "cosine" else None,
             floor=hparams["minimum_learning_rate_ratio"],
         )
         scheduler = LambdaLR(optimizer, lambda step: factor(step, lambda: self.tokens_seen))
@@ -254,7 +253,13 @@ class DeepSeekV3(Generates, Pretrained, LightningModule):
     @override
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
+        self._tokens.keep()
         self._balance_experts()
+
+    def on_step_skipped(self) -> None:
+        """See ``interface.ForgetsSteps``. Of a load of nothing, no bias moves."""
+        self._tokens.take_back()
+        self.model.forget_load()
 
     def _balance_experts(self) -> None:
         """Move the routers' biases against the load of the whole step, all microbatches and ranks."""
@@ -297,8 +302,7 @@ class DeepSeekV3(Generates, Pretrained, LightningModule):
     @property
     def tokens_seen(self) -> float:
         """Labels trained on so far, over all ranks. Asking waits for the device."""
-        self._tokens_before, self._tokens_since = self._tokens_before + float(self._tokens_since), 0.0
-        return self._tokens_before
+        return self._tokens.total()
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -307,7 +311,7 @@ class DeepSeekV3(Generates, Pretrained, LightningModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._tokens_before, self._tokens_since = checkpoint.get("tokens_seen", 0.0), 0.0
+        self._tokens = TokenCount(checkpoint.get("tokens_seen", 0.0))
         self.tokenizer_files = self.tokenizer_files or checkpoint.get("tokenizer_files", {})
 
     @override

@@ -58,6 +58,8 @@ class Engine:
         self.dtype = dtype
         self.peak_held = 0
         """Most microbatches whose activations this rank held at once, in the last training step."""
+        self.losses: dict[int, Tensor] = {}
+        """By microbatch the loss of the last step, a sum over tokens, of those whose last stage is here."""
         self.observer: Observer = NOBODY
         """Is told of the next training step, and of no other."""
         self._order = order
@@ -189,7 +191,7 @@ class Engine:
 
     def _forget(self) -> None:
         """What a step has left that was given up in the middle."""
-        self._values, self._messages, self._leaving = {}, {}, {}
+        self._values, self._messages, self._leaving, self.losses = {}, {}, {}, {}
         self._transport.forget()
         for stage in self.stages.values():
             stage.forget()
@@ -227,6 +229,7 @@ class Engine:
 
     def _pass_on(self, action: Action, out: Values | dict[str, Tensor], sums: dict[str, Tensor]) -> None:
         if isinstance(out, dict):
+            self.losses[action.microbatch] = out["loss"].detach()
             for name, value in out.items():
                 sums[name] = sums[name] + value if name in sums else value
         else:

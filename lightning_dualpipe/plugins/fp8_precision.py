@@ -63,8 +63,8 @@ class FP8Precision(Precision):
         backend: Literal["auto", "te", "torch", "emulate"] = "auto",
         weights: Weights = "bf16-true",
         dispatch: Dispatch = "auto",
-        include: Sequence[str] = (),
-        exclude: Sequence[str] = (),
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
     ) -> None:
         problems = []
         for name, value, values in (
@@ -74,12 +74,15 @@ class FP8Precision(Precision):
         ):
             if value not in values:
                 problems.append(f"{name}={value!r} is not one of {', '.join(values)}")
+        include, exclude = () if include is None else include, () if exclude is None else exclude
         for name, patterns in (("include", include), ("exclude", exclude)):
             if not _are_names(patterns):
                 problems.append(f"{name}={patterns!r} must be a list of names")
         try:
             self.recipe = recipe_of(recipe)
-            if dispatch == "fp8" and not travels_exactly(self.recipe):
+            if dispatch == "fp8" and isinstance(self.recipe, BF16):
+                problems.append("dispatch='fp8' with recipe 'bf16', which has no FP8: choose one of them otherwise")
+            elif dispatch == "fp8" and not travels_exactly(self.recipe):
                 problems.append(
                     f"dispatch='fp8' with {self.recipe} would round tokens once more on their way; use recipe='block', "
                     "whose scales are powers of two, or dispatch='bf16'"
@@ -94,6 +97,7 @@ class FP8Precision(Precision):
         self.selection: Selection | None = None
         """Which layers of the whole model they are, from when it has been looked at."""
         self._dispatch = dispatch
+        self._multiple = 32 if isinstance(self.recipe, MXFP8) else 16
         self._wanted, self._include, self._exclude = backend, tuple(include), tuple(exclude)
         self._rest = _REST[weights]()
         self._looked_at: nn.Module | None = None
@@ -122,8 +126,7 @@ class FP8Precision(Precision):
         """
         if isinstance(self.recipe, BF16):
             return
-        multiple = 32 if isinstance(self.recipe, MXFP8) else 16
-        self.selection = select(module, multiple=multiple, include=self._include, exclude=self._exclude)
+        self.selection = select(module, multiple=self._multiple, include=self._include, exclude=self._exclude)
         self._looked_at = module
 
     @override
@@ -148,8 +151,21 @@ class FP8Precision(Precision):
             experts = self.selection.experts
             round_expert_tokens(module, self.recipe, lambda name: any(e.startswith(f"{name}.") for e in experts))
         self._converted = module
+        if self.selection.odd and not self._said:
+            rank_zero_warn(
+                f"{len(self.selection.odd)} layers multiply in {self.precision}, because kernels for FP8 take sizes "
+                f"that are multiples of {self._multiple}: {self.selection.odd_sizes}; choose such sizes, or name the "
+                "layers in exclude=… if it is meant"
+            )
         self._say(f"FP8 by {self.recipe}, {choice}. It multiplies {self.selection}")
         return module
+
+    def weights_changed(self) -> None:
+        """For code that writes to weights past their counters, as ``weight.data.mul_()`` does, between two training
+        forwards of one step: what is kept of them in FP8 is made again.
+        """
+        if self.backend is not None:
+            self.backend.weights_changed()
 
     def _say(self, text: str) -> None:
         if text != self._said:  # once, not in every evaluation

@@ -24,11 +24,12 @@ __all__ = ["BACKENDS", "BackendChoice", "choose_backend"]
 
 BACKENDS = ("auto", "te", "torch", "emulate")
 
-_CAPABILITY = {  # the first GPUs with kernels for a recipe
-    Block: ((9, 0), "Hopper (H100, H200)"),
-    Current: ((8, 9), "Ada (L4, L40S) or Hopper (H100, H200)"),
-    Delayed: ((8, 9), "Ada (L4, L40S) or Hopper (H100, H200)"),
-    MXFP8: ((10, 0), "Blackwell (B200)"),
+_ANY = (99, 0)
+_CAPABILITY = {  # from which on, and up to which, GPUs have kernels for a recipe
+    Block: ((9, 0), (12, 0), "Hopper (H100, H200) or Blackwell (B200)"),  # there it is computed as MXFP8
+    Current: ((8, 9), _ANY, "Ada (L4, L40S), Hopper (H100, H200) or newer"),
+    Delayed: ((8, 9), _ANY, "Ada (L4, L40S), Hopper (H100, H200) or newer"),
+    MXFP8: ((10, 0), (12, 0), "Blackwell (B200)"),  # of a data centre
 }
 
 
@@ -67,7 +68,7 @@ def choose_backend(
         refused = _why_not(wanted, recipe, device, dtype)
         if refused is None:
             return BackendChoice(wanted, recipe, ("as asked for",))
-        kind = MissingPackageError if _is_missing(wanted, recipe, device) else ConfigurationError
+        kind = MissingPackageError if _is_missing(wanted, recipe, device, dtype) else ConfigurationError
         raise kind(f"backend={wanted!r} cannot run: {refused}")
     if device.type != "cuda" or dtype == torch.float64:
         if (refused := _why_not("emulate", recipe, device, dtype)) is not None:
@@ -93,7 +94,7 @@ def _why_not(name: str, recipe: Recipe, device: torch.device, dtype: torch.dtype
         if not isinstance(recipe, Delayed):
             return None
         return (
-            "recipe 'delayed' is not emulated, its scales come from earlier steps, which only Transformer Engine "
+            "scales of 'delayed' come from earlier steps, which only Transformer Engine on a GPU "
             "keeps; use recipe='current', whose scales come from the tensors themselves"
         )
     if device.type != "cuda":
@@ -112,20 +113,25 @@ _NAMES = {"te": "Transformer Engine", "torch": "F.scaled_mm"}
 
 
 def _what_the_gpu_lacks(recipe: Recipe, device: torch.device) -> str | None:
-    needed, first = _CAPABILITY[type(recipe)]
     capability = torch.cuda.get_device_capability(device)
-    if capability >= needed:
+    if _has_kernels(capability, type(recipe)):
         return None
     name = f"{torch.cuda.get_device_name(device)} (SM{capability[0]}{capability[1]})"
-    others = [kind.name for kind in (Block, Current) if capability >= _CAPABILITY[kind][0]]
+    others = [kind.name for kind in (Block, Current) if _has_kernels(capability, kind)]
     instead = f"recipe={others[0]!r} or " if others else ""
-    return f"recipe {recipe.name!r} needs {first} or newer, and this is {name}; use {instead}recipe='bf16'"
+    needed = _CAPABILITY[type(recipe)][2]
+    return f"recipe {recipe.name!r} needs {needed}, and this is {name}; use {instead}recipe='bf16'"
 
 
-def _is_missing(name: str, recipe: Recipe, device: torch.device) -> bool:
+def _has_kernels(capability: tuple[int, int], kind: type[Recipe]) -> bool:
+    first, end, _ = _CAPABILITY[kind]
+    return first <= capability < end
+
+
+def _is_missing(name: str, recipe: Recipe, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether it would run here, if it were installed."""
-    fits = name == "te" and device.type == "cuda" and _what_the_gpu_lacks(recipe, device) is None
-    return fits and find_spec("transformer_engine") is None
+    fits = name == "te" and device.type == "cuda" and dtype != torch.float64
+    return fits and _what_the_gpu_lacks(recipe, device) is None and find_spec("transformer_engine") is None
 
 
 def _module(name: str) -> object:

@@ -1,4 +1,4 @@
-"""AdamW whose moments are kept in bfloat16 (DeepSeek-V3 report, section 3.3.2): 4 bytes a parameter instead of 8.
+"""AdamW whose moments are kept in bfloat16 (DeepSeek-V3 report, section 3.3.3): 4 bytes a parameter instead of 8.
 
     m = beta1 m + (1 - beta1) g          v = beta2 v + (1 - beta2) g^2
     w = w - lr (weight_decay w + m' / (sqrt(v') + eps))        m', v' without the bias of their start

@@ -20,7 +20,7 @@ from lightning_dualpipe.interface import WeightGradients
 from lightning_dualpipe.precision.fp8_linear import Multiply, Operands
 from lightning_dualpipe.precision.fp8_weight import QuantisedWeight
 from lightning_dualpipe.precision.reference import Quantised, quantise
-from lightning_dualpipe.precision.weight_gradients import autocast_to, now_or_later, without_autocast
+from lightning_dualpipe.precision.weight_gradients import autocast_to, check_dtypes, now_or_later, without_autocast
 
 __all__ = ["FP8GroupedLinear"]
 
@@ -36,6 +36,7 @@ class FP8GroupedLinear:
     def __call__(
         self, x_RI: Tensor, weight_EOI: Tensor, counts: Sequence[int] | Tensor, queue: WeightGradients | None
     ) -> Tensor:
+        check_dtypes(x_RI, weight_EOI)
         y_RO: Tensor = _FP8GroupedLinear.apply(
             autocast_to(x_RI), weight_EOI, counts, queue, self, torch.is_grad_enabled()
         )
@@ -66,7 +67,8 @@ class _FP8GroupedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        x_RI, weight_EOI = ctx.saved_tensors
+        x_RI, _ = ctx.saved_tensors  # asked for, torch says if the weight was written to meanwhile
+        weight_EOI: Tensor = ctx.parameter
         layer: FP8GroupedLinear = ctx.layer
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         grad_RI = grad_EOI = None

@@ -20,7 +20,7 @@ from lightning_dualpipe.interface import WeightGradients
 from lightning_dualpipe.precision.fp8_weight import QuantisedWeight
 from lightning_dualpipe.precision.recipe import Operand
 from lightning_dualpipe.precision.reference import Quantised, quantise
-from lightning_dualpipe.precision.weight_gradients import autocast_to, now_or_later, without_autocast
+from lightning_dualpipe.precision.weight_gradients import autocast_to, check_dtypes, now_or_later, without_autocast
 
 __all__ = ["FP8Linear", "Multiply", "Operands"]
 
@@ -39,6 +39,7 @@ class FP8Linear:
         self.multiply = multiply
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, queue: WeightGradients | None) -> Tensor:
+        check_dtypes(x, weight)
         y: Tensor = _FP8Linear.apply(autocast_to(x), weight, bias, queue, self, torch.is_grad_enabled())
         return y
 
@@ -67,13 +68,13 @@ class _FP8Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
-        x, weight_OI = ctx.saved_tensors
+        x, _ = ctx.saved_tensors  # asked for, torch says if the weight was written to meanwhile
         layer: FP8Linear = ctx.layer
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = None
         if needs_x:
             with without_autocast(grad):
-                (weight,) = layer.weight.columns(weight_OI)
+                (weight,) = layer.weight.columns(ctx.parameters[0])
                 grad_NI = layer.multiply(quantise(_rows(grad), layer.gradient), weight, ctx.dtype)
             grad_x = grad_NI.view(*grad.shape[:-1], grad_NI.shape[-1])
         if needs_weight:

@@ -72,12 +72,14 @@ def is_plain(layer: nn.Module) -> bool:
 def take_over(layer: nn.Linear, matmul: Matmul | None = None) -> Callable[[], None]:
     """Give ``layer`` a ``forward`` of ours, which multiplies by ``matmul``, if one is given; returns what undoes it."""
     undo_matmul = _set(layer, "matmul", matmul) if matmul is not None else None
+    _let_nobody_pass(layer)
     undo_forward = _set(layer, "forward", partial(_forward, layer))
 
     def undo() -> None:
         undo_forward()
         if undo_matmul is not None:
             undo_matmul()
+        _let_nobody_pass(layer)
 
     return undo
 
@@ -86,8 +88,26 @@ def give_back(layer: nn.Linear) -> None:
     """Take the matmul of a plain layer back: it multiplies in high precision again, and has its own ``forward``."""
     own = vars(layer)
     own.pop("matmul", None)
+    _let_nobody_pass(layer)
     if own.get("weight_gradients") is None:
         own.pop("forward", None)
+
+
+def _let_nobody_pass(layer: nn.Module) -> None:
+    """Where a hook is registered nobody multiplies by the weight of a layer without calling it, as
+    ``nn.TransformerEncoderLayer`` does in an evaluation. So one is, for as long as the layer has a matmul.
+    """
+    hooks = layer._forward_pre_hooks
+    ours = [number for number, hook in hooks.items() if hook is _nothing]
+    if "matmul" in vars(layer) and not ours:
+        layer.register_forward_pre_hook(_nothing)
+    elif "matmul" not in vars(layer):
+        for number in ours:
+            del hooks[number]
+
+
+def _nothing(*_: object) -> None:
+    pass
 
 
 def _is_taken(layer: nn.Module) -> bool:

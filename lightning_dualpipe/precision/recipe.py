@@ -146,9 +146,11 @@ def recipe_of(recipe: str | Mapping[str, Any] | Recipe) -> Recipe:
         settings = dict(recipe)
     else:
         settings = {"name": recipe}
-    name = settings.pop("name", None)
+    if "name" not in settings:
+        raise ConfigurationError(f"recipe {dict(settings)} has no name; write {{'name': 'block', …}}")
+    name = settings.pop("name")
     if not isinstance(name, str) or name not in _RECIPES:
-        raise ConfigurationError(f"recipe {name!r} is not one of {', '.join(_RECIPES)}{_meant(name, _RECIPES)}")
+        raise ConfigurationError(f"recipe {name!r} is not one of {', '.join(_RECIPES)}{_meant_recipe(name)}")
     kind = _RECIPES[name]
     hints = get_type_hints(kind)
     known = [field.name for field in fields(kind)]
@@ -162,6 +164,10 @@ def recipe_of(recipe: str | Mapping[str, Any] | Recipe) -> Recipe:
             takes = f"one of {', '.join(map(repr, choices))}" if choices else "a positive integer"
             raise ConfigurationError(f"{key}={value!r} of recipe {name!r} must be {takes}")
     return kind(**settings)
+
+
+def _meant_recipe(name: object) -> str:
+    return "; did you mean 'block'?" if name in ("fp8", "e4m3") else _meant(name, _RECIPES)
 
 
 def _meant(word: object, known: Mapping[str, object] | list[str]) -> str:

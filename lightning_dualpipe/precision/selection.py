@@ -7,10 +7,11 @@ other the last linear layer is taken for the head, and a layer that shares the w
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
@@ -32,6 +33,8 @@ class Selection:
     experts: tuple[str, ...]
     kept: Mapping[str, str]
     """Those that stay as they are, and why."""
+    odd: Mapping[str, str] = field(default_factory=dict)
+    """Of these, the sizes of those that no kernel takes."""
 
     @property
     def names(self) -> frozenset[str]:
@@ -40,10 +43,14 @@ class Selection:
     def __str__(self) -> str:
         kinds = [(len(self.linears), "linear layer"), (len(self.experts), "stack of experts")]
         counts = [_counted(number, kind) for number, kind in kinds if number]
-        text = f"{' and '.join(counts)} ({', '.join(_grouped([*self.linears, *self.experts]))})"
-        reasons = dict.fromkeys(self.kept.values())
-        stays = (f"{', '.join(_grouped(n for n, r in self.kept.items() if r == why))} ({why})" for why in reasons)
-        return text + (f"; not {', '.join(stays)}" if self.kept else "")
+        chosen, everything = [*self.linears, *self.experts], [*self.linears, *self.experts, *self.kept]
+        stays = ", ".join(f"{_listed(names, everything)} ({why})" for why, names in _by_value(self.kept).items())
+        return f"{' and '.join(counts)} ({_listed(chosen, everything)})" + (f"; not {stays}" if stays else "")
+
+    @property
+    def odd_sizes(self) -> str:
+        everything = [*self.linears, *self.experts, *self.kept]
+        return ", ".join(f"{_listed(names, everything)} ({sizes})" for sizes, names in _by_value(self.odd).items())
 
 
 def select(
@@ -69,8 +76,11 @@ def select(
     sensitive = {} if include else _sensitive(module, [name for name in takes if isinstance(layers[name], nn.Linear)])
     converted: list[str] = []
     kept: dict[str, str] = {}
+    odd: dict[str, str] = {}
+    impossible: dict[str, str] = {}
     for name, layer in layers.items():
-        odd = [f"{rows} x {columns}" for rows, columns in _sizes(layer) if rows % multiple or columns % multiple]
+        odd_pairs = [(rows, columns) for rows, columns in _sizes(layer) if math.gcd(rows, columns) % multiple]
+        sizes = " and ".join(f"{rows} x {columns}" for rows, columns in odd_pairs)
         if any(fnmatchcase(name, pattern) for pattern in exclude):
             kept[name] = "excluded"
         elif include and not any(fnmatchcase(name, pattern) for pattern in include):
@@ -78,21 +88,23 @@ def select(
         elif name in sensitive:
             kept[name] = sensitive[name]
         elif name not in takes:
-            kept[name] = why = f"{type(layer).__name__}, not a plain nn.Linear"
-            problems += [f"{name} is included, but it is of another kind: {why}"] if include else []
-        elif odd:
-            kept[name] = f"sizes that are no multiples of {multiple}"
-            wanted = f"kernels take multiples of {multiple}; exclude it, or choose other sizes"
-            problems += [f"{name} is included, but its weight is {' and '.join(odd)}: {wanted}"] if include else []
+            kept[name] = f"{type(layer).__name__}, not a plain nn.Linear"
+            impossible[name] = f"of another kind: {kept[name]}"
+        elif sizes:
+            kept[name], odd[name] = f"sizes that are no multiples of {multiple}", sizes
+            rule = f"kernels take multiples of {multiple}; exclude it, or choose other sizes"
+            impossible[name] = f"with a weight of {sizes}: {rule}"
         else:
             converted.append(name)
+    if include:
+        problems += [f"{_listed(names, layers)}: included, but {why}" for why, names in _by_value(impossible).items()]
     if not problems and not converted:
         reasons = "; ".join(f"{why}: {number}" for why, number in Counter(kept.values()).items())
         problems = [f"no layer is left to multiply in FP8 ({reasons or 'it has no linear layers'})"]
     if problems:
         raise ConfigurationError.of(f"{type(module).__name__} cannot be trained in FP8", problems)
     linears = tuple(name for name in converted if isinstance(layers[name], nn.Linear))
-    return Selection(linears, tuple(name for name in converted if name not in linears), kept)
+    return Selection(linears, tuple(name for name in converted if name not in linears), kept, odd)
 
 
 def _sensitive(module: nn.Module, linears: Sequence[str]) -> dict[str, str]:
@@ -126,8 +138,10 @@ def _fits(pattern: str, names: Iterable[str]) -> bool:
 
 def _meant(pattern: str, names: Iterable[str]) -> str:
     listed = list(names)
-    close = get_close_matches(pattern, listed, n=1, cutoff=0.0)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    close = get_close_matches(pattern, listed, n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f": {_listed(listed, listed)}" if listed else ""
 
 
 def _counted(number: int, kind: str) -> str:
@@ -136,13 +150,47 @@ def _counted(number: int, kind: str) -> str:
     return f"{number} {kind.replace('stack', 'stacks') if kind.startswith('stack') else f'{kind}s'}"
 
 
-def _grouped(names: Iterable[str]) -> list[str]:
-    """With ``*`` for numbers, and siblings together: sixty layers say no more than one."""
+def _by_value(names: Mapping[str, str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, value in names.items():
+        found.setdefault(value, []).append(name)
+    return found
+
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+def _listed(names: Iterable[str], layers: Iterable[str]) -> str:
+    """``names`` of ``layers``, siblings together, and ``*`` for their numbers if all of a kind are meant: sixty blocks
+    say no more than one.
+    """
+    chosen = set(names)
+    kinds: dict[str, list[str]] = {}
+    for name in dict.fromkeys(layers):
+        kinds.setdefault(_NUMBER.sub("*", name), []).append(name)
     families: dict[str, list[str]] = {}
-    for name in dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in names):
-        parent, dot, child = name.rpartition(".")
-        families.setdefault(parent + dot, []).append(child)
-    return [
+    for kind, members in kinds.items():
+        meant = [name for name in members if name in chosen]
+        for title in [kind] if len(meant) == len(members) else _numbered(kind, meant):
+            parent, dot, child = title.rpartition(".")
+            families.setdefault(parent + dot, []).append(child)
+    return ", ".join(
         parent + (children[0] if len(children) == 1 else f"{{{','.join(children)}}}")
         for parent, children in families.items()
-    ]
+    )
+
+
+def _numbered(kind: str, names: Sequence[str]) -> Sequence[str]:
+    """``blocks.{0,2-4}.up`` for some of ``blocks.*.up``."""
+    if kind.count("*") != 1 or not names:
+        return names
+    numbers = sorted(int(_NUMBER.findall(name)[0]) for name in names)
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    spans = [f"{first}" if first == last else f"{first}-{last}" for first, last in runs]
+    alone = len(spans) == 1 and runs[0][0] == runs[0][1]
+    return [kind.replace("*", spans[0] if alone else f"{{{','.join(spans)}}}")]

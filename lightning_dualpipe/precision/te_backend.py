@@ -33,11 +33,11 @@ from torch import Tensor, nn
 from lightning_dualpipe.errors import ConfigurationError, MissingPackageError
 from lightning_dualpipe.interface import WeightGradients
 from lightning_dualpipe.precision.emulate import without_kernels
-from lightning_dualpipe.precision.fp8_weight import Epoch, state_of
+from lightning_dualpipe.precision.fp8_weight import Epoch, WeightState
 from lightning_dualpipe.precision.padding import pad_rows, unpad_rows
 from lightning_dualpipe.precision.recipe import MXFP8, Block, Current, Delayed, Recipe
 from lightning_dualpipe.precision.te_weight import LentWeight
-from lightning_dualpipe.precision.weight_gradients import autocast_to
+from lightning_dualpipe.precision.weight_gradients import autocast_to, check_dtypes
 
 __all__ = ["TEBackend", "why_not_te"]
 
@@ -58,7 +58,10 @@ def why_not_te(recipe: Recipe) -> str | None:
     if isinstance(recipe, Block):
         cuda = torch.version.cuda or "none"
         if _numbers(cuda) < (12, 9):
-            return f"recipe 'block' needs a torch built for CUDA 12.9 or newer, and this one is for {cuda}"
+            return (
+                f"recipe 'block' needs a torch built for CUDA 12.9 or newer, and this one is for {cuda}; "
+                "install such a torch, or use recipe='current'"
+            )
         if major >= 10 and recipe.scales == "float32":
             return (
                 f"on {name} block scaling is computed as MXFP8, whose scales are powers of two; "
@@ -114,6 +117,7 @@ class TELinear:
         self._hidden = _Hidden(settings)
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, queue: WeightGradients | None) -> Tensor:
+        check_dtypes(x, weight)
         rows_RI = autocast_to(x).reshape(-1, x.shape[-1])
         multiple, count = self._settings.multiple, len(rows_RI)
         # the gradient of the weight sums over rows, in steps of ``multiple``; a product without rows is no product
@@ -141,6 +145,7 @@ class TEGroupedLinear:
     ) -> Tensor:
         counts = counts.tolist() if isinstance(counts, Tensor) else list(counts)
         assert len(counts) == len(weight_EOI), f"{len(counts)} counts for {len(weight_EOI)} experts"
+        check_dtypes(x_RI, weight_EOI)
         rows_RI = autocast_to(x_RI)
         padded_RI, padded = pad_rows(rows_RI, counts, self._settings.multiple)
         if not any(padded):  # nobody has rows, and yet every gradient shall be zeros, not none
@@ -184,7 +189,8 @@ class _Hidden:
         self.settings = settings
         self._module: Any = None
         self._made_for: object = None
-        self._kept_of: object = None
+        self._kept_of: WeightState | None = None
+        self._kept_for: object = None
 
     def __call__(self, x_RI: Tensor, weight: Tensor, queue: WeightGradients | None, *counts: list[int]) -> Tensor:
         module = self._module_for(weight, x_RI)
@@ -220,14 +226,14 @@ class _Hidden:
 
     def _is_first(self, module: Any, weight: Tensor, x_RI: Tensor) -> bool | None:
         """False: use what is kept. None: quantise the weight anew, and keep nothing."""
-        if not (self.settings.keeps_weights and torch.is_grad_enabled()):
+        if not (self.settings.keeps_weights and torch.is_grad_enabled() and isinstance(weight, nn.Parameter)):
             return None
         # where ``x`` wants no gradient only W is made, and of block-scaled weights no version up to 2.20 notices later
         # that W^T is missing
-        state = *state_of(weight, self.settings.epoch), x_RI.requires_grad, x_RI.dtype
-        if state != self._kept_of:
+        use, epoch = (x_RI.requires_grad, x_RI.dtype), self.settings.epoch
+        if use != self._kept_for or self._kept_of is None or not self._kept_of.is_of(weight, epoch):
             module._fp8_workspaces.clear()
-            self._kept_of = state
+            self._kept_of, self._kept_for = WeightState(weight, epoch), use
         return False
 
     def _module_for(self, weight: Tensor, x_RI: Tensor) -> Any:

@@ -43,7 +43,7 @@ def why_not_torch(recipe: Recipe) -> str | None:
         )
     cuda = torch.version.cuda or "none"
     if tuple(int(part) for part in cuda.split(".") if part.isdigit()) < (12, 9):
-        return f"FP8 tiles need a torch built for CUDA 12.9 or newer, and this one is for {cuda}"
+        return f"FP8 tiles need a torch built for CUDA 12.9 or newer, and this one is for {cuda}; install such a torch"
     return None
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_dualpipe.interface import WeightGradients
 
-__all__ = ["autocast_to", "gradient_dtype", "may_skip_autograd", "now_or_later", "without_autocast"]
+__all__ = ["autocast_to", "check_dtypes", "gradient_dtype", "may_skip_autograd", "now_or_later", "without_autocast"]
 
 
 def now_or_later(parameter: Tensor, queue: WeightGradients | None, compute: Callable[[], Tensor]) -> Tensor | None:
@@ -58,6 +58,18 @@ def autocast_to(tensor: Tensor) -> Tensor:
     if not _autocast_enabled(device) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(torch.get_autocast_dtype(device))
+
+
+def check_dtypes(x: Tensor, weight: Tensor) -> None:
+    """As torch does, outside of autocast.
+
+    Raises:
+        RuntimeError: they differ.
+    """
+    if x.dtype != weight.dtype and not _autocast_enabled(x.device.type):
+        raise RuntimeError(
+            f"a layer whose weight is {weight.dtype} was given {x.dtype}; give it {weight.dtype}, as without FP8"
+        )
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:

@@ -34,6 +34,7 @@ def check_arguments(
     precision: str,
     dispatcher: str,
     save_distributed_checkpoint: object,
+    hang_timeout: float | None,
 ) -> None:
     problems = [
         f"{name}={value!r} must be a positive whole number{or_auto}"
@@ -52,6 +53,8 @@ def check_arguments(
         problems.append(f"dispatcher={dispatcher!r} is not one of {', '.join(DISPATCHERS)}")
     if save_distributed_checkpoint not in (True, False, "async"):
         problems.append(f"save_distributed_checkpoint={save_distributed_checkpoint!r} is neither a bool nor 'async'")
+    if hang_timeout is not None and not (isinstance(hang_timeout, int | float) and hang_timeout >= 5):
+        problems.append(f"hang_timeout={hang_timeout!r} must be a number of seconds, at least 5, or None for never")
     if problems:
         raise ConfigurationError.of("DualPipeStrategy cannot be built", problems)
 

@@ -28,7 +28,7 @@ from typing import Literal
 import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_dualpipe.errors import CheckpointError, ConfigurationError
+from lightning_dualpipe.errors import CheckpointError, ConfigurationError, TrainingError
 
 __all__ = ["LocalRun", "Report", "first_cause", "read_reports", "report_failure", "report_uncaught_errors", "tell"]
 
@@ -186,7 +186,7 @@ def _fate(code: int | None) -> str:
 def _report(error: BaseException, rank: int) -> Report:
     summary = "".join(traceback.format_exception_only(error)).strip()
     if isinstance(
-        error, CheckpointError | ConfigurationError
+        error, CheckpointError | ConfigurationError | TrainingError
     ):  # for the user, who need not know where in our code it was found
         summary = text = f"{type(error).__name__}: {error}"
     else:

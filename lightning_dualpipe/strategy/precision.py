@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_dualpipe.parallel.grad_norm import clip_, gradient_norm
+from lightning_dualpipe.parallel.grad_norm import KnownNorms, clip_, gradient_norm
 from lightning_dualpipe.plugins.fp8_precision import FP8Precision
 from lightning_dualpipe.precision.recipe import Recipe
 from lightning_dualpipe.strategy.checkpoints import PipelineCheckpoints
@@ -16,31 +16,37 @@ __all__ = ["PipelinePrecision"]
 
 
 class PipelinePrecision(PipelineCheckpoints):
-    @property
-    @override
-    def precision_plugin(self) -> Precision:
-        return super().precision_plugin
+    _known_norms: KnownNorms | None = None
+    """Of what was asked for the norm last: a guard, the log and clipping ask for it in the same step."""
 
-    @precision_plugin.setter
-    def precision_plugin(self, plugin: Precision | None) -> None:
-        """Clipping by norm goes through the plugin, which sees this rank's parameters only: give it the whole norm."""
-        if plugin is not None:
-            plugin.clip_grad_by_norm = types.MethodType(  # type: ignore[method-assign]
-                lambda plugin, optimizer, clip_val: self._clip_by_norm(plugin, optimizer, clip_val), plugin
-            )
-        self._precision_plugin = plugin
+    @override
+    def setup_precision_plugin(self) -> None:
+        """Clipping by norm goes through the plugin, which sees this rank's parameters only: give it the whole norm.
+
+        For this run: a plugin may serve other Trainers.
+        """
+        super().setup_precision_plugin()
+        plugin = self.precision_plugin
+        plugin.clip_grad_by_norm = types.MethodType(  # type: ignore[method-assign]
+            lambda plugin, optimizer, clip_val: self._clip_by_norm(plugin, optimizer, clip_val), plugin
+        )
+
+    def _teardown_precision_plugin(self) -> None:
+        vars(self.precision_plugin).pop("clip_grad_by_norm", None)
+        self.precision_plugin.teardown()
 
     def gradient_norm(self, norm_type: float = 2.0) -> Tensor:
         """Norm of the gradients of the whole model, each parameter counted once; the same on every rank."""
         assert self.assembly is not None
         named, replicas = self.assembly.named_parameters(), self.assembly.replicas
-        return gradient_norm(named, replicas, group=self.groups.world, norm_type=norm_type)
+        known = self._known_norms = self._known_norms or KnownNorms()
+        return gradient_norm(named, replicas, group=self.groups.world, norm_type=norm_type, known=known)
 
     def _clip_by_norm(self, plugin: Precision, optimizer: Optimizer, clip_val: float) -> None:
         assert self.assembly is not None
         wanted = {id(parameter) for parameter in plugin.main_params(optimizer)}
         named = {name: p for name, p in self.assembly.named_parameters().items() if id(p) in wanted}
-        clip_(named, clip_val, self.assembly.replicas, group=self.groups.world)
+        clip_(named, clip_val, self.assembly.replicas, group=self.groups.world, known=self._known_norms)
 
     # ---- FP8 ----------------------------------------------------------------------------------
 

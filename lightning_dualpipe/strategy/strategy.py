@@ -54,15 +54,15 @@ from lightning_dualpipe.strategy.interrupts import exit_as_terminated, stop_betw
 from lightning_dualpipe.strategy.launcher import PipelineLauncher, join_run
 from lightning_dualpipe.strategy.metric_groups import collect_over
 from lightning_dualpipe.strategy.model_summary import summarize_the_whole_model
-from lightning_dualpipe.strategy.precision import PipelinePrecision
 from lightning_dualpipe.strategy.reader import PipelineReader, check_lengths, warn_of_stream
 from lightning_dualpipe.strategy.recording import start_recording, stop_recording
 from lightning_dualpipe.strategy.requeue import requeue_between_batches
+from lightning_dualpipe.strategy.watched import WatchedPipeline
 
 __all__ = ["DualPipeStrategy"]
 
 
-class DualPipeStrategy(PipelinePrecision):
+class DualPipeStrategy(WatchedPipeline):
     """Trains one model over several processes: pipeline, data and expert parallelism.
 
     The world of processes is ``pipeline_parallel_size`` x data-parallel size. Experts are spread over
@@ -86,6 +86,8 @@ class DualPipeStrategy(PipelinePrecision):
             on; off, rank 0 writes one file.
         process_group_backend: ``nccl`` on GPUs and ``gloo`` on CPUs by default.
         timeout: how long a collective may wait before the run is given up.
+        hang_timeout: seconds in which no rank is at work, after which the run is ended and it is said who waits for
+            whom; None: never.
     """
 
     strategy_name = "dualpipe"
@@ -102,6 +104,7 @@ class DualPipeStrategy(PipelinePrecision):
         save_distributed_checkpoint: bool | Literal["async"] = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
+        hang_timeout: float | None = None,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -116,6 +119,7 @@ class DualPipeStrategy(PipelinePrecision):
             optimizer_precision,
             dispatcher,
             save_distributed_checkpoint,
+            hang_timeout,
         )
         super().__init__(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
         self.pipeline_parallel_size = pipeline_parallel_size
@@ -129,6 +133,7 @@ class DualPipeStrategy(PipelinePrecision):
         self.num_nodes = 1
         self._backend = process_group_backend
         self._timeout = timeout or default_pg_timeout
+        self.hang_timeout = hang_timeout
         self._groups: Groups | None = None
         self._recorder: Recorder | None = None
 
@@ -250,6 +255,7 @@ class DualPipeStrategy(PipelinePrecision):
         stop_between_batches(trainer)
         requeue_between_batches(trainer, self.groups.world_host)
         check_callbacks(trainer, self.layout)
+        self._watch_for_hangs()
         if self.assembly is None or self.assembly.owner is not self.lightning_module:
             self.assembly = Assembly(
                 self.lightning_module,
@@ -361,18 +367,20 @@ class DualPipeStrategy(PipelinePrecision):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
+        self._stop_watching()
         exit_as_terminated(exception)
         if self.world_size > 1:
             report_failure(exception, rank=self.global_rank)
 
     @override
     def teardown(self) -> None:
+        self._stop_watching()
         if self.assembly is not None:
             self.assembly.detach()
         self._release_optimizers()
         assert self.cluster_environment is not None and self.accelerator is not None
         self.cluster_environment.teardown()
-        self.precision_plugin.teardown()
+        self._teardown_precision_plugin()
         self.accelerator.teardown()
         self.checkpoint_io.teardown()
         self._finish_saving()

@@ -342,6 +342,43 @@ def test_it_says_once_what_it_converted_by_whom_and_why(caplog):
     ]
 
 
+def test_layers_that_no_kernel_takes_are_warned_of_but_not_those_that_are_excluded(recwarn):
+    """Of a mixture of experts it may be nearly all of the work."""
+    odd = {"num_hidden_layers": 2, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0}
+    odd["moe_intermediate_size"] = 24
+    with pytest.warns(UserWarning, match=r"^4 layers multiply in bf16-true, .* \(128 x 24\), .* \(24 x 128\); choose"):
+        FP8Precision().convert_module(DeepSeekV3("tiny", odd))
+    recwarn.clear()
+    FP8Precision(exclude=["*.experts", "*.shared_experts.*"]).convert_module(DeepSeekV3("tiny", odd))
+    assert not recwarn.list
+
+
+def test_whoever_writes_past_the_counter_says_so_and_may_do_it_without_fp8():
+    plugin, module = FP8Precision(weights="32-true"), fresh()
+    plugin.convert_module(module)
+    layer, x = module.model.blocks[0].qkv, torch.randn(3, 32)
+    layer(x)
+    layer.weight.data.mul_(3.1)
+    plugin.weights_changed()
+    assert torch.equal(layer(x), reference.forward(x, layer.weight.detach(), Block()) + layer.bias)
+    FP8Precision("bf16").weights_changed()
+
+
+def test_a_plugin_that_was_in_a_pipeline_clips_elsewhere_as_ever():
+    class Norms(L.Callback):
+        def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Any) -> None:
+            trainer.strategy.precision_plugin.clip_gradients(optimizer, 1e-3)
+            self.last = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+
+    plugin, norms = FP8Precision(weights="32-true"), Norms()
+    for strategy in (DualPipeStrategy(), "auto"):
+        run = L.Trainer(
+            accelerator="cpu", devices=1, strategy=strategy, plugins=[plugin], max_steps=1, callbacks=[norms], **QUIET
+        )
+        run.fit(fresh(), data())
+        assert 0.9e-3 < norms.last < 1.1e-3
+
+
 def test_a_gpu_without_fp8_is_warned_of_and_computes_without(monkeypatch):
     monkeypatch.setattr(fp8_precision, "_device_of", lambda module: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
@@ -378,7 +415,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"recipe": "current", "dispatch": "fp8"},
         "dispatch='fp8' with Current(gradient_format='e5m2') would round tokens once more on their way; use recipe='bl",
     ),
-    "nothing for a list": ({"exclude": None}, "exclude=None must be a list of names"),
+    "a recipe without a name": (
+        {"recipe": {"scales": "float32"}},
+        "recipe {'scales': 'float32'} has no name; write {'n",
+    ),
+    "a number for a list": ({"exclude": 1}, "exclude=1 must be a list of names"),
+    "no FP8 to send": ({"recipe": "bf16", "dispatch": "fp8"}, "dispatch='fp8' with recipe 'bf16', which has no FP8"),
     "a word for a list": ({"include": "*.o_proj"}, "include='*.o_proj' must be a list of names"),
 }
 

@@ -14,7 +14,7 @@ from lightning_dualpipe.precision.recipe import BF16, MXFP8, Block, Current, Del
 from lightning_dualpipe.precision.te_backend import why_not_te
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-GPUS = {"A100": (8, 0), "RTX 3090": (8, 6), "RTX 4090": (8, 9), "H200": (9, 0), "B200": (10, 0)}
+GPUS = {"A100": (8, 0), "RTX 3090": (8, 6), "RTX 4090": (8, 9), "H200": (9, 0), "B200": (10, 0), "RTX 5090": (12, 0)}
 
 
 class Machine:
@@ -77,14 +77,17 @@ def test_a_recipe_without_fp8_needs_nobody(machine):
         assert choose_backend(wanted, BF16(), CPU).name is None
 
 
+_BLOCK = "recipe 'block' needs Hopper (H100, H200) or Blackwell (B200), and this is"
 LACKING = {
-    ("A100", Block()): "recipe 'block' needs Hopper (H100, H200) or newer, and this is A100 (SM80); use recipe='bf16'",
-    ("RTX 3090", Current()): "recipe 'current' needs Ada (L4, L40S) or Hopper (H100, H200) or newer, and this is "
+    ("A100", Block()): f"{_BLOCK} A100 (SM80); use recipe='bf16'",
+    ("RTX 3090", Current()): "recipe 'current' needs Ada (L4, L40S), Hopper (H100, H200) or newer, and this is "
     "RTX 3090 (SM86); use recipe='bf16'",
-    ("RTX 4090", Block()): "recipe 'block' needs Hopper (H100, H200) or newer, and this is RTX 4090 (SM89); use "
-    "recipe='current' or recipe='bf16'",
-    ("H200", MXFP8()): "recipe 'mxfp8' needs Blackwell (B200) or newer, and this is H200 (SM90); use recipe='block' or "
+    ("RTX 4090", Block()): f"{_BLOCK} RTX 4090 (SM89); use recipe='current' or recipe='bf16'",
+    ("H200", MXFP8()): "recipe 'mxfp8' needs Blackwell (B200), and this is H200 (SM90); use recipe='block' or "
     "recipe='bf16'",
+    ("RTX 5090", MXFP8()): "recipe 'mxfp8' needs Blackwell (B200), and this is RTX 5090 (SM120); use recipe='current' "
+    "or recipe='bf16'",
+    ("RTX 5090", Block()): f"{_BLOCK} RTX 5090 (SM120); use recipe='current' or recipe='bf16'",
 }
 
 
@@ -148,9 +151,7 @@ def test_kernels_are_refused_where_there_is_no_gpu_and_in_float64(name, machine)
 
 @pytest.mark.parametrize("wanted", ["auto", "emulate"])
 def test_a_recipe_that_remembers_is_not_emulated(wanted, machine):
-    with pytest.raises(
-        ConfigurationError, match=r"cannot run.*: recipe 'delayed' is not emulated, .*; use recipe='curr"
-    ):
+    with pytest.raises(ConfigurationError, match=r"cannot run.*: scales of 'delayed' come from .*; use recipe='curr"):
         choose_backend(wanted, Delayed(), CPU)
 
 

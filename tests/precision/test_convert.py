@@ -9,7 +9,7 @@ from lightning_dualpipe.deepseek_v3.experts import Experts
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.interface import WeightGradients
 from lightning_dualpipe.precision import reference
-from lightning_dualpipe.precision.convert import convert
+from lightning_dualpipe.precision.convert import convert, restore
 from lightning_dualpipe.precision.emulate import EmulateBackend
 from lightning_dualpipe.precision.linear import make_linears_deferrable
 from lightning_dualpipe.precision.recipe import Block, Delayed
@@ -40,6 +40,24 @@ def test_linear_layers_multiply_by_the_backend_and_look_as_before(model):
     assert torch.equal(model(x), by_definition(model, x))
     assert list(model.state_dict()) == keys and [type(module) for module in model.modules()] == kinds
     assert before.shape == (5, 16)
+
+
+def test_nobody_multiplies_past_a_layer():
+    """Torch's encoder does, in an evaluation, unless a hook is registered."""
+    layer = nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True)
+    x, products = torch.randn(2, 5, 32), []
+    with torch.no_grad():
+        before = layer.eval()(x)
+        convert(layer, EmulateBackend(RECIPE), everything)
+        for linear in (layer.linear1, layer.linear2):
+            multiply = linear.matmul
+            vars(linear)["matmul"] = lambda *given, multiply=multiply: products.append(1) or multiply(*given)
+        layer(x)
+    assert len(products) == 2
+    restore(layer)
+    with torch.no_grad():
+        assert torch.equal(layer(x), before)
+    assert not any(part._forward_pre_hooks for part in layer.modules())
 
 
 def test_only_what_is_wanted_is_converted(model):

@@ -3,10 +3,12 @@
 import copy
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_dualpipe.interface import WeightGradients
 from lightning_dualpipe.precision import fp8_linear, fp8_weight, reference
@@ -174,6 +176,13 @@ def test_autocast_rounds_the_input_and_backward_keeps_the_format_of_its_forward(
     assert layer.weight.grad.dtype == torch.float32 and torch.equal(layer.weight.grad, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32, torch.float64], ids=str)
+def test_an_input_of_another_type_is_refused_as_torch_does(dtype):
+    layer, _ = layer_of(Block(), dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match=f"a layer whose weight is torch.bfloat16 was given {dtype}"):
+        layer(torch.ones(3, INPUTS, dtype=dtype))
+
+
 def test_autocast_leaves_float64_alone():
     layer, _ = layer_of(Block(), dtype=torch.float64)
     x = torch.randn(ROWS, INPUTS, dtype=torch.float64)
@@ -223,8 +232,29 @@ def replaced(layer: nn.Linear, backend: EmulateBackend) -> None:
     layer.weight = nn.Parameter(torch.randn_like(layer.weight))
 
 
+def replaced_where_it_was(layer: nn.Linear, backend: EmulateBackend) -> None:
+    """The new one may get the memory, and even the address, of the one that is gone."""
+    shape = layer.weight.shape
+    del layer.weight
+    layer.weight = nn.Parameter(torch.randn(shape))
+
+
+def replaced_in_the_same_memory(layer: nn.Linear, backend: EmulateBackend) -> None:
+    layer.weight = nn.Parameter(layer.weight.data.mul_(3.1))
+
+
 def other_data(layer: nn.Linear, backend: EmulateBackend) -> None:
     layer.weight.data = torch.randn_like(layer.weight)
+
+
+def other_data_where_it_was(layer: nn.Linear, backend: EmulateBackend) -> None:
+    for _ in range(2):  # the second is where the first was
+        layer.weight.data = torch.randn_like(layer.weight)
+
+
+def assigned(layer: nn.Linear, backend: EmulateBackend) -> None:
+    for _ in range(2):
+        layer.load_state_dict({"weight": torch.randn_like(layer.weight)}, assign=True)
 
 
 def told(layer: nn.Linear, backend: EmulateBackend) -> None:
@@ -246,7 +276,11 @@ CHANGES = {
     "one element": one_element,
     "load_state_dict": loaded,
     "another parameter": replaced,
+    "another parameter where it was": replaced_where_it_was,
+    "another parameter in the same memory": replaced_in_the_same_memory,
     "other data": other_data,
+    "other data where it was": other_data_where_it_was,
+    "load_state_dict, assigned": assigned,
     "written behind the counter": told,
     "another type": cast,
 }
@@ -273,8 +307,25 @@ def test_results_are_those_of_the_weight_as_it_is(recipe, change):
         assert not any(torch.equal(*pair) for pair in zip(before, after, strict=True)), "it must have changed something"
 
 
+@pytest.mark.parametrize("size", [64, 128, 512])
+@pytest.mark.parametrize("recipe", [Block(), Current()], ids=str)
+def test_a_weight_that_is_computed_is_quantised_each_time(recipe, size):
+    """Its memory is free for the next one."""
+    layer = nn.Linear(size, size, bias=False)
+    take_over(layer, EmulateBackend(recipe).linear())
+    for _ in range(8):
+        noisy = layer.weight + 0.3 * torch.randn_like(layer.weight)
+        x = torch.randn(4, size, requires_grad=True)
+        y = torch.func.functional_call(layer, {"weight": noisy}, (x,))
+        assert torch.equal(y, reference.forward(x.detach(), noisy.detach(), recipe))
+        y.sum().backward()
+        assert torch.equal(x.grad, reference.grad_input(torch.ones_like(y), noisy.detach(), recipe))
+        del noisy, y
+
+
+@pytest.mark.parametrize("saved", ["as it is", "through hooks"])
 @pytest.mark.parametrize(("recipe", "times"), [(Block(), 1), (Block("float32"), 1), (MXFP8(), 2)], ids=str)
-def test_a_weight_is_quantised_once_a_step(recipe, times, monkeypatch):
+def test_a_weight_is_quantised_once_a_step(recipe, times, saved, monkeypatch):
     """Square tiles serve forward and backward; others lie along what is summed over, once each way."""
     layer, backend = layer_of(recipe)
     counts = {"weight": 0, "rest": 0}
@@ -291,7 +342,10 @@ def test_a_weight_is_quantised_once_a_step(recipe, times, monkeypatch):
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     for step in range(1, 4):
         for _ in range(4):
-            layer(torch.randn(ROWS, INPUTS, requires_grad=True)).sum().backward()
+            hooks = saved_tensors_hooks(lambda x: x, lambda x: x) if saved == "through hooks" else nullcontext()
+            with hooks:
+                y = layer(torch.randn(ROWS, INPUTS, requires_grad=True))
+            y.sum().backward()
         assert counts["weight"] == times * step
         optimizer.step()
         backend.weights_changed()

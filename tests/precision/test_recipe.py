@@ -37,7 +37,7 @@ REFUSED = {
         "blok",
         "recipe 'blok' is not one of block, current, delayed, mxfp8, bf16; did you mean 'block'?",
     ),
-    "no name": ({"scales": "float32"}, "recipe None is not one of block, current, delayed, mxfp8, bf16"),
+    "no name": ({"scales": "float32"}, "recipe {'scales': 'float32'} has no name; write {'name': 'block', …}"),
     "no word": (3, "recipe 3 is not one of block, current, delayed, mxfp8, bf16"),
     "a list": (["block"], "recipe ['block'] is not one of block, current, delayed, mxfp8, bf16"),
     "a value that its class does not check": (

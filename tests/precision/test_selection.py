@@ -57,6 +57,7 @@ def test_sizes_that_kernels_do_not_take_stay_and_are_told():
     selection = select(model)
     assert selection.linears == ("2", "3")
     assert selection.kept["0"] == selection.kept["1"] == "sizes that are no multiples of 16"
+    assert selection.odd_sizes == "0 (24 x 32), 1 (32 x 24)"
     assert select(model, multiple=8).linears == ("0", "1", "2", "3")
 
 
@@ -88,6 +89,17 @@ def test_it_says_what_it_chose_in_a_line():
     )
 
 
+def test_of_layers_that_are_chosen_in_part_it_says_the_numbers():
+    """That the first block is not among them must be seen."""
+    module = nn.ModuleDict({"blocks": nn.ModuleList(nn.ModuleDict({"up": nn.Linear(32, 32)}) for _ in range(7))})
+    module["head"] = nn.Linear(32, 16)
+    text = str(select(module, exclude=["blocks.0.*", "blocks.4.*"]))
+    assert text == (
+        "5 linear layers (blocks.{1-3,5-6}.up); not blocks.{0,4}.up (excluded), head (taken for the output head)"
+    )
+    assert "(blocks.5.up); not" in str(select(module, include=["blocks.5.*"]))
+
+
 class Heads(nn.Module):
     in_high_precision = ("heads",)
 
@@ -112,7 +124,12 @@ REFUSED = {
     "a pattern of include that fits nothing": (
         lambda: nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)),
         {"include": ["model.*"]},
-        ["include='model.*' fits none of its 2 layers that multiply; did you mean '1'?"],
+        ["include='model.*' fits none of its 2 layers that multiply: *"],
+    ),
+    "a layer that does not multiply": (
+        lambda: nn.ModuleDict({"norm": nn.LayerNorm(32), "up": nn.Linear(32, 32), "head": nn.Linear(32, 32)}),
+        {"include": ["norm"]},
+        ["include='norm' fits none of its 2 layers that multiply: {up,head}"],
     ),
     "a pattern of exclude that fits nothing": (
         deepseek,
@@ -123,13 +140,14 @@ REFUSED = {
         lambda: nn.Sequential(nn.Linear(32, 24), nn.Linear(32, 32)),
         {"include": ["*"]},
         [
-            "0 is included, but its weight is 24 x 32: kernels take multiples of 16; exclude it, or choose other sizes",
+            "0: included, but with a weight of 24 x 32: kernels take multiples of 16; exclude it, or choose other "
+            "sizes",
         ],
     ),
     "a layer of another kind": (
         lambda: nn.Sequential(Scaled(32, 32), nn.Linear(32, 32)),
         {"include": ["0"]},
-        ["0 is included, but it is of another kind: Scaled, not a plain nn.Linear"],
+        ["0: included, but of another kind: Scaled, not a plain nn.Linear"],
     ),
     "nothing left": (
         lambda: nn.Sequential(nn.Linear(30, 30), nn.Linear(32, 32)),
@@ -155,6 +173,6 @@ def test_experts_of_odd_sizes_are_told_with_both_weights():
     module = deepseek(moe_intermediate_size=24)
     assert "model.blocks.1.mlp.experts" in select(module).kept
     with pytest.raises(
-        ConfigurationError, match=r"model.blocks.1.mlp.experts is included, but its weight is \d+ x 24:"
+        ConfigurationError, match=r"model.blocks.\*.mlp.experts, .*experts: included, but with a weight of \d+ x 24:"
     ):
         select(module, include=["*.experts"])

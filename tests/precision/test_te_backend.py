@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_dualpipe.errors import ConfigurationError, MissingPackageError
 from lightning_dualpipe.interface import WeightGradients
-from lightning_dualpipe.precision import te_backend
+from lightning_dualpipe.precision import reference, te_backend
 from lightning_dualpipe.precision.convert import convert
 from lightning_dualpipe.precision.emulate import EmulateBackend
 from lightning_dualpipe.precision.linear import make_linears_deferrable
@@ -260,6 +260,15 @@ def test_a_computed_weight_passes_its_gradient_on(queue):
     run_linear(TEBackend(Block()).linear(), 2 * base, queue=queue)
     run_linear(EmulateBackend(Block()).linear(), 2 * expected)
     assert torch.equal(base.grad, expected.grad)
+
+
+def test_a_weight_that_is_computed_is_quantised_each_time():
+    """Its memory is free for the next one."""
+    matmul, base = TEBackend(Block()).linear(), parameter(128, 128)
+    for step in range(8):
+        noisy, x = base + 0.3 * normal(128, 128, seed=step), normal(32, 128, seed=9)
+        assert torch.equal(matmul(x, noisy, None, None), reference.forward(x, noisy.detach(), Block()))
+        del noisy
 
 
 def test_frozen_weights_and_inputs_without_gradient():

@@ -49,6 +49,16 @@ class Fault:
     def die(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
+    def stop(self) -> None:
+        """As a debugger, or a host that has no memory left: the process is there and does nothing."""
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def work(self) -> None:
+        """For long, without talking to anybody."""
+        until = time.process_time() + 8
+        while time.process_time() < until:
+            sum(range(1000))
+
     def kill_main(self) -> None:
         os.kill(os.getppid(), signal.SIGKILL)
 

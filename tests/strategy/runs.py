@@ -52,9 +52,9 @@ ROUTING = {  # biases of all routers at the start
 
 @dataclass(frozen=True)
 class Run:
-    """``strategy=None`` is ``Trainer(strategy="auto")`` in one process."""
+    """``strategy=None`` is ``Trainer(strategy="auto")`` in one process; a string, another of Lightning's own."""
 
-    strategy: Mapping[str, Any] | None = None
+    strategy: Mapping[str, Any] | str | None = None
     world: int = 1
     nodes: int = 1  # as Lightning sees them
     steps: int = 30
@@ -76,7 +76,7 @@ class Run:
     @property
     def batch_size(self) -> int:
         """Sequences per data rank, so that all runs read the same global batches."""
-        pipeline = 1 if self.strategy is None else self.strategy["pipeline_parallel_size"]
+        pipeline = self.strategy["pipeline_parallel_size"] if isinstance(self.strategy, Mapping) else 1
         return self.global_batch // (self.world // pipeline)
 
 
@@ -147,7 +147,7 @@ def build(
         accelerator="cpu",
         devices=run.world // run.nodes,
         num_nodes=run.nodes,
-        strategy="auto" if run.strategy is None else DualPipeStrategy(**run.strategy),
+        strategy=DualPipeStrategy(**run.strategy) if isinstance(run.strategy, Mapping) else run.strategy or "auto",
         precision=run.precision if run.fp8 is None else None,  # type: ignore[arg-type]
         max_steps=run.steps,
         accumulate_grad_batches=run.accumulate,

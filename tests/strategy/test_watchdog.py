@@ -1,0 +1,201 @@
+"""When nothing moves the run ends, with an exit code, and the message names the rank that holds up the others.
+
+The programs are real ones, as ``devices=N`` and torchrun start them; a fault stops one rank, or lets it hang. That
+costs minutes, so what runs always are ranks that do nothing but meet.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lightning_dualpipe import ConfigurationError, DualPipeStrategy
+from lightning_dualpipe.strategy.watchdog import Post, Watchdog, verdict
+from tests.marks import needs_patience
+from tests.ranks import CONTEXT
+from tests.strategy.programs import SCRIPT, TO_END, Program, run_together
+from tests.strategy.test_failures import TORCHRUN, check_gone
+
+TIMEOUT = 5
+WATCHED = ("--strategy", json.dumps({"schedule": "1f1b", "hang_timeout": TIMEOUT}))
+THREE = ("--devices", "3", *WATCHED)
+
+
+def hanging(command: tuple[str, ...], place: str, rank: int | None, what: str) -> Program:
+    return Program([command], {"place": place, "rank": rank, "what": what})
+
+
+@needs_patience
+@pytest.mark.slow
+def test_a_rank_that_holds_up_the_others_is_named_and_all_end(tmp_path):
+    ended = run_together(
+        {
+            "stopped": hanging((*SCRIPT, *THREE), "training_step", 1, "stop"),
+            "main stopped": hanging((*SCRIPT, *WATCHED), "training_step", 0, "stop"),
+            "reads for ever": hanging((*SCRIPT, *WATCHED), "dataset", 0, "hang"),
+            "works": hanging((*SCRIPT, *WATCHED), "training_step", 1, "work"),
+        },
+        tmp_path,
+    )
+    stopped = ended["stopped"]
+    check_gone(stopped)
+    assert stopped.seconds < TIMEOUT + 15
+    assert "rank 1 (" in stopped.last_words and "does not answer: stopped" in stopped.last_words
+    assert "rank 0 waits in 0B0 for the gradients of microbatch 0 from stage 1 (rank 1), for" in stopped.error
+    assert "Traceback" not in stopped.error
+
+    assert all(code < 0 or code == 1 for code in ended["main stopped"].codes)
+    assert 0 < ended["main stopped"].seconds < TO_END
+    assert "(that of rank 0, or torchrun's agent" in ended["main stopped"].error
+
+    check_gone(ended["reads for ever"])
+    assert "is in the data loader: hang (strategy/faults.py:" in ended["reads for ever"].last_words
+    assert "Rank 1 waits for it in broadcast_object_list, called by _broadcast_object" in ended["reads for ever"].error
+
+    assert ended["works"].codes == [0]  # for longer than the timeout
+    assert len(ended["works"].losses) == 8
+
+
+@needs_patience
+@pytest.mark.slow
+def test_torchrun_does_not_wait_for_a_stopped_rank(tmp_path):
+    (ended,) = run_together({"torchrun": hanging((*TORCHRUN, *WATCHED), "training_step", 1, "stop")}, tmp_path).values()
+    assert ended.codes == [1]
+    assert 0 < ended.seconds < TO_END
+    assert ended.left_behind == []
+    assert "does not answer: stopped" in ended.error.rpartition("Root Cause")[2]
+
+
+# ---- ranks that only meet -------------------------------------------------------------------------
+
+SHORT = 4.0  # seconds; less would take a busy machine for a stopped rank
+
+
+def meet(rank: int, folder: str, fault: Callable[[], None]) -> None:
+    """Five times; the second rank has a fault on the way to the fourth."""
+    with open(f"{folder}/said-{rank}", "w") as said:
+        sys.stderr = sys.__stderr__ = said
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=3, timeout=timedelta(seconds=60)
+        )
+        watchdog = Watchdog(SHORT, rank=rank, world=3, device=torch.device("cpu"))
+        watchdog.start()
+        for step in range(5):
+            if (rank, step) == (1, 3):
+                fault()
+            dist.all_reduce(torch.zeros(()))
+        watchdog.stop()
+        dist.destroy_process_group()
+
+
+def stop_here() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def sleep_here() -> None:
+    time.sleep(600)
+
+
+def work_here() -> None:
+    until = time.process_time() + 1.25 * SHORT
+    while time.process_time() < until:
+        pass
+
+
+FAULTS = {  # with how the ranks end, and what is said of the second
+    stop_here: ([1, -signal.SIGKILL, 1], "does not answer: stopped, or its host is gone"),
+    sleep_here: ([1, 1, 1], "is in sleep_here (strategy/test_watchdog.py:"),
+    work_here: ([0, 0, 0], None),
+}
+
+
+def test_ranks_that_wait_in_vain_end_and_name_the_one_they_wait_for(tmp_path):
+    worlds = {}
+    for fault in FAULTS:
+        folder = tmp_path / fault.__name__
+        folder.mkdir()
+        worlds[fault] = [CONTEXT.Process(target=meet, args=(rank, str(folder), fault)) for rank in range(3)]
+    ranks = [each for world in worlds.values() for each in world]
+    try:
+        for each in ranks:
+            each.start()
+        deadline = time.monotonic() + 60
+        for each in ranks:
+            each.join(max(0.0, deadline - time.monotonic()))
+        for fault, (ends, what) in FAULTS.items():
+            assert [each.exitcode for each in worlds[fault]] == ends
+            said = "".join(Path(f"{tmp_path}/{fault.__name__}/said-{rank}").read_text() for rank in range(3))
+            if what is None:
+                assert said == ""
+                continue
+            found = f"lightning-dualpipe: rank 1 ({os.uname().nodename}, process {worlds[fault][1].pid}) {what}"
+            assert found in said
+            assert " Rank 0 waits for it in all_reduce, called by meet (strategy/test_watchdog.py:" in said
+            assert "lightning-dualpipe: rank 0 waits in all_reduce, called by meet (" in said
+    finally:
+        for each in ranks:
+            each.kill()
+            each.join()
+
+
+# ---- the verdict, without processes ---------------------------------------------------------------
+
+
+def post(**options: object) -> Post:
+    return Post(**{"beat": 9, "host": "a", "process": 70, "started": "1", "stuck": True, **options})  # type: ignore
+
+
+def stuck_on(*ranks: int) -> Post:
+    return post(what="in barrier", ranks=ranks)
+
+
+VERDICTS: Mapping[str, tuple[dict[int, Post], set[int], str | None]] = {
+    "a stopped rank": (
+        {0: stuck_on(1), 1: post(what=""), 2: stuck_on(0)},
+        {1},
+        "rank 1 (a, process 70) does not answer: stopped, or its host is gone. Rank 0 waits for it in barrier",
+    ),
+    "one that never came": (
+        {0: stuck_on(1)},
+        {1},
+        "rank 1 does not answer: stopped, or its host is gone. Rank 0 waits",
+    ),
+    "two hosts": ({0: stuck_on(1, 2)}, {1, 2}, "ranks 1, 2 do not answer: stopped, or their hosts are gone. Rank 0"),
+    "somebody works": ({0: stuck_on(1), 1: post(stuck=False)}, set(), None),
+    "somebody works, but another is gone": ({0: stuck_on(1), 1: post(stuck=False)}, {2}, "rank 2 does not answer"),
+    "one waits for nobody": (
+        {0: stuck_on(1), 1: post(what="in the data loader: read (a.py:1)")},
+        set(),
+        "rank 1 (a, process 70) is in the data loader: read (a.py:1): nothing moves there. Rank 0 waits for it in",
+    ),
+    "one has left": (
+        {0: stuck_on(1), 1: post(left=True, stuck=False)},
+        set(),
+        "rank 1 (a, process 70) has left. Rank 0",
+    ),
+    "in a circle": (
+        {0: stuck_on(1), 1: stuck_on(0)},
+        set(),
+        "all ranks wait for each other: rank 0 in barrier (rank 1); rank 1 in barrier (rank 0)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", VERDICTS)
+def test_the_verdict_names_who_holds_up_the_others(case):
+    posts, silent, expected = VERDICTS[case]
+    found = verdict(posts, silent)
+    assert found == expected if expected is None else found.startswith(expected)
+
+
+def test_a_timeout_that_is_none_is_refused():
+    with pytest.raises(ConfigurationError, match="hang_timeout=0 must be a number of seconds, at least 5, or None"):
+        DualPipeStrategy(hang_timeout=0)
