@@ -88,7 +88,8 @@ class Snapshot:
         with self._lock:
             try:
                 while self._rest:
-                    _copy(*self._rest.popleft())
+                    _copy(*self._rest[0])
+                    self._rest.popleft()  # only now: an interrupt in between leaves it to the thread that writes
             except Exception as error:
                 self._failure = error
                 self._rest.clear()
@@ -97,9 +98,10 @@ class Snapshot:
 def _copy(piece: Piece, room: Tensor, version: int) -> None:
     values = piece.values.detach()
     if values.is_cuda:  # beside what computes
-        with torch.cuda.stream(torch.cuda.Stream(values.device)) as stream:
+        stream = torch.cuda.Stream(values.device)
+        with torch.cuda.stream(stream):
             room.copy_(values, non_blocking=True)
-            stream.synchronize()
+        stream.synchronize()
     else:
         room.copy_(values)
     if piece.values._version != version:

@@ -82,6 +82,22 @@ def test_settling_waits_for_a_copy_that_another_thread_makes(monkeypatch: pytest
     assert [float(each.values.mean()) for each in found] == [1, 2]
 
 
+def test_a_copy_that_was_interrupted_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    (moment,) = contents(2)
+    snapshots = Snapshots()
+    list(snapshots.take([piece("m", moment, steady=True)]))
+    moment += 1
+    taken = snapshots.take([piece("m", moment, steady=True)])
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(snapshot, "_copy", interrupted)
+        snapshots.settle()
+    assert [float(each.values.mean()) for each in taken] == [3]
+
+
 def test_what_counts_no_writes_is_copied_at_once() -> None:
     with torch.inference_mode():
         (state,) = contents(2)
