@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_dualpipe import DeepSeekV3, TextDataModule
 
@@ -21,6 +23,15 @@ class Trained:
     directory: Path
     module: DeepSeekV3
     held_out: list[list[int]]
+
+    @torch.no_grad()
+    def log_probs(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Of each token but the first [T - 1]."""
+        logits = self.module(torch.tensor([tokens]))[0, :-1]
+        return logits.log_softmax(-1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+
+    def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
+        return self.module.generate(list(prompt), max_new_tokens=count, stop=[]).tokens[0]
 
 
 @pytest.fixture(scope="session")

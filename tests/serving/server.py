@@ -1,5 +1,6 @@
 """A server in a process group of its own, which ends with the test, and with the test session if that is killed."""
 
+import contextlib
 import json
 import os
 import signal
@@ -16,12 +17,15 @@ from urllib.request import Request, urlopen
 
 __all__ = ["Server", "free_port", "serving"]
 
-END = 30  # seconds that a server gets to end by itself
+END = 30.0  # seconds that a server gets to end by itself
 
 
 @dataclass(frozen=True)
 class Server:
+    """One that speaks OpenAI's API, and serves ``model``."""
+
     url: str
+    model: str
 
     def get(self, path: str) -> str:
         with urlopen(f"{self.url}{path}", timeout=60) as response:
@@ -31,6 +35,17 @@ class Server:
         request = Request(f"{self.url}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
         with urlopen(request, timeout=300) as response:
             return json.load(response)
+
+    def log_probs(self, tokens: Sequence[int]) -> list[float]:
+        """Of each token but the first."""
+        body = {"model": self.model, "prompt": tokens, "max_tokens": 1, "temperature": 0}
+        found = self.post("/v1/completions", **body, prompt_logprobs=0)["choices"][0]["prompt_logprobs"]
+        return [found[place][str(tokens[place])]["logprob"] for place in range(1, len(tokens))]
+
+    def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
+        body = {"model": self.model, "prompt": prompt, "max_tokens": count, "temperature": 0, "ignore_eos": True}
+        tokens: list[int] = self.post("/v1/completions", **body, return_token_ids=True)["choices"][0]["token_ids"]
+        return tokens
 
     def counters(self, prefix: str) -> dict[str, float]:
         """Counters of Prometheus, without what follows ``prefix`` in braces."""
@@ -42,14 +57,14 @@ class Server:
 def serving(
     command: Sequence[str],
     *,
-    url: str,
+    server: Server,
     ready: str,
     log: Path,
     environment: Mapping[str, str] | None = None,
     cwd: Path,
     timeout: float = 600,
 ) -> Iterator[Server]:
-    """Start ``command``, which must not leave its process group, and wait until ``ready`` answers at ``url``."""
+    """Start ``command``, which must not leave its process group, and wait until ``server`` answers at ``ready``."""
     with log.open("w") as output:
         process = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", *command],
@@ -60,7 +75,6 @@ def serving(
             start_new_session=True,
         )
     try:
-        server = Server(url)
         _wait_until_ready(server, ready, process, log, timeout)
         yield server
     finally:
@@ -91,19 +105,21 @@ def _wait_until_ready(server: Server, path: str, process: subprocess.Popen[bytes
 def _end(process: subprocess.Popen[bytes]) -> None:
     """All of the group: asked first, and killed if somebody stays."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        _signal(process.pid, number)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
         deadline = time.monotonic() + END
-        while _signal(process.pid, 0) and time.monotonic() < deadline:
-            process.poll()  # one that ended and was not waited for counts as there
+        while (left := _members(process.pid)) and time.monotonic() < deadline:
             time.sleep(0.1)
     process.wait()
-    assert not _signal(process.pid, 0), f"process group {process.pid} survives SIGKILL"
+    assert not left, f"processes {left} survive SIGKILL"
 
 
-def _signal(group: int, number: int) -> bool:
-    """Whether anybody is there to hear it; 0 only asks."""
-    try:
-        os.killpg(group, number)
-    except ProcessLookupError:
-        return False
-    return True
+def _members(group: int) -> list[int]:
+    """Who runs in it; the ended may be listed for long where the first process of a container waits for nobody."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended just now
+            state, _, its_group, *_ = (folder / "stat").read_text().rpartition(")")[2].split()
+            if int(its_group) == group and state != "Z":
+                found.append(int(folder.name))
+    return found

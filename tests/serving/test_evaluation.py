@@ -81,9 +81,7 @@ def evaluate(folder: Path, model: str, arguments: str) -> Evaluation:
     )
 
 
-@torch.no_grad()
 def log_likelihood(trained: Trained, text: str, ending: str) -> float:
     """Of the bytes of ``ending`` behind ``text``, which begins a document."""
-    before, after = [BOS, *text.encode()], list(ending.encode())
-    logits = trained.module(torch.tensor([before + after]))[0, len(before) - 1 : -1]
-    return float(logits.log_softmax(-1).gather(1, torch.tensor(after)[:, None]).sum())
+    tokens, size = [BOS, *f"{text}{ending}".encode()], len(ending.encode())
+    return float(trained.log_probs(tokens)[-size:].sum())

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -31,10 +30,9 @@ def server(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
     environment = {"VENV": str(program("vllm").parent.parent), "PORT": str(port), "NAME": NAME, "SPECULATE": "1"}
     command = ["bash", str(SERVING / "serve.sh"), str(trained.directory), "--max-model-len", "1024"]
-    with serving(
-        command, url=f"http://127.0.0.1:{port}", ready="/health", log=log, environment=environment, cwd=log.parent
-    ) as running:
-        yield running
+    server = Server(f"http://127.0.0.1:{port}", NAME)
+    with serving(command, server=server, ready="/health", log=log, environment=environment, cwd=log.parent):
+        yield server
 
 
 def test_log_probabilities_of_prompts_are_ours(server: Server, trained: Trained) -> None:
@@ -47,7 +45,7 @@ def test_log_probabilities_of_prompts_are_ours(server: Server, trained: Trained)
     for length in (8, 16, 17, 40, 128, 129, 250, 400):
         for start in (0, 16, 32):
             prompt = [token for text in trained.held_out[start : start + 3] for token in text][:length]
-            ours, theirs = log_probs(trained, prompt), served_log_probs(server, prompt)
+            ours, theirs = trained.log_probs(prompt), torch.tensor(server.log_probs(prompt))
             assert ours.std() > 0.5
             largest = max(largest, float((ours - theirs).abs().max()))
     print(f"largest difference of log-probabilities: {largest:.1e}")
@@ -56,9 +54,9 @@ def test_log_probabilities_of_prompts_are_ours(server: Server, trained: Trained)
 
 def test_greedy_texts_are_ours(server: Server, trained: Trained) -> None:
     prompts = [text[: 20 + 10 * index] for index, text in enumerate(trained.held_out[:12])]
-    expected = [trained.module.generate(prompt, max_new_tokens=48, stop=[]).tokens[0] for prompt in prompts]
+    expected = [trained.greedy(prompt, 48) for prompt in prompts]
     assert len({tuple(text) for text in expected}) > 6
-    assert [greedy(server, prompt, 48) for prompt in prompts] == expected
+    assert [server.greedy(prompt, 48) for prompt in prompts] == expected
 
 
 def test_drafts_are_accepted_as_often_as_ours(server: Server, trained: Trained) -> None:
@@ -66,7 +64,7 @@ def test_drafts_are_accepted_as_often_as_ours(server: Server, trained: Trained) 
     prompts = [text[:length] for text in trained.held_out for length in (60, 180)]
     before = server.counters("vllm:spec_decode")
     for prompt in prompts:
-        greedy(server, prompt, 12)
+        server.greedy(prompt, 12)
     after = server.counters("vllm:spec_decode")
     count = {
         name: after[f"vllm:spec_decode_{name}_total"] - before[f"vllm:spec_decode_{name}_total"] for name in COUNTS
@@ -124,25 +122,6 @@ def test_the_harness_finds_the_same_through_the_server_and_from_the_files(
     )
     assert served.accuracy == files.accuracy
     torch.testing.assert_close(served.log_likelihoods, files.log_likelihoods, atol=1e-4, rtol=0)
-
-
-@torch.no_grad()
-def log_probs(trained: Trained, tokens: Sequence[int]) -> torch.Tensor:
-    """Of each token but the first."""
-    logits = trained.module(torch.tensor([tokens]))[0, :-1]
-    return logits.log_softmax(-1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
-
-
-def served_log_probs(server: Server, tokens: Sequence[int]) -> torch.Tensor:
-    body: dict[str, Any] = {"model": NAME, "prompt": tokens, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-    found = server.post("/v1/completions", **body)["choices"][0]["prompt_logprobs"]
-    return torch.tensor([found[place][str(tokens[place])]["logprob"] for place in range(1, len(tokens))])
-
-
-def greedy(server: Server, prompt: Sequence[int], count: int) -> list[int]:
-    body = {"model": NAME, "prompt": prompt, "max_tokens": count, "temperature": 0, "ignore_eos": True}
-    tokens: list[int] = server.post("/v1/completions", **body, return_token_ids=True)["choices"][0]["token_ids"]
-    return tokens
 
 
 def text_of(trained: Trained, prompt: Sequence[int]) -> str:
