@@ -4,18 +4,46 @@
     @needs("transformers")
 
 Where it is not there, the test is skipped and this is the reason shown. ``pytest -m gpu`` runs what needs a GPU.
+
+A program that cannot share this environment has one of its own, and a variable that says where:
+
+    LIGHTNING_DUALPIPE_VLLM=vllm-venv python -m pytest tests/serving
 """
 
 import os
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
-__all__ = ["needs", "needs_cuda", "needs_gpus", "needs_patience", "needs_te", "skip_without_gpus"]
+__all__ = [
+    "needs",
+    "needs_cuda",
+    "needs_gpus",
+    "needs_patience",
+    "needs_program",
+    "needs_te",
+    "program",
+    "skip_without_gpus",
+]
 
 
 def needs(package: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(find_spec(package) is None, reason=f"needs the package {package}")
+
+
+def program(name: str) -> Path:
+    """Of the environment that ``LIGHTNING_DUALPIPE_…`` names: ``vllm`` is in ``$LIGHTNING_DUALPIPE_VLLM/bin``."""
+    return Path(os.environ.get(_variable(name), "")).absolute() / "bin" / name
+
+
+def needs_program(name: str) -> pytest.MarkDecorator:
+    there = _variable(name) in os.environ and program(name).is_file()
+    return pytest.mark.skipif(not there, reason=f"needs {_variable(name)}, an environment with {name}")
+
+
+def _variable(name: str) -> str:
+    return f"LIGHTNING_DUALPIPE_{name.upper()}"
 
 
 def needs_gpus(count: int) -> pytest.MarkDecorator:
