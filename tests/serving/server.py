@@ -33,7 +33,7 @@ class Server:
 
     def post(self, path: str, **body: Any) -> Any:
         request = Request(f"{self.url}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
-        with urlopen(request, timeout=300) as response:
+        with urlopen(request, timeout=600) as response:
             return json.load(response)
 
     def log_probs(self, tokens: Sequence[int]) -> list[float]:

@@ -6,6 +6,7 @@ LIGHTNING_DUALPIPE_VLLM=vllm-venv python -m pytest tests/serving/test_ray.py -rP
 import shutil
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -37,19 +38,22 @@ def server(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     )
     command = ["bash", "-c", f"{start} --include-dashboard=false && exec {BIN}/serve run config.yaml"]
     server = Server(f"http://127.0.0.1:{port}", model["model_loading_config"]["model_id"])
-    sockets = tempfile.mkdtemp()  # their paths must be short
+    temporary = tempfile.mkdtemp()  # of a short name: paths of sockets must be short
     try:
         with serving(
             command,
             server=server,
             ready="/v1/models",
             log=folder / "log",
-            environment={"RAY_TMPDIR": sockets},
+            environment={"RAY_TMPDIR": temporary, "TMPDIR": temporary},
             cwd=folder,
         ):
+            # Models are listed before there is a replica: this waits for it, so that no process is started in a test.
+            assert len(server.greedy([0], 1)) == 1
+            answer(server)
             yield server
     finally:
-        shutil.rmtree(sockets, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def test_ray_serves_our_numbers_and_our_texts(server: Server, trained: Trained) -> None:
@@ -61,7 +65,12 @@ def test_ray_serves_our_numbers_and_our_texts(server: Server, trained: Trained) 
 
 
 def test_ray_answers_messages(server: Server) -> None:
+    choice = answer(server)
+    assert choice["finish_reason"] == "length" and choice["message"]["content"]
+
+
+def answer(server: Server) -> Any:
     messages = [{"role": "user", "content": "What is a pipeline?"}]
     body = {"model": server.model, "messages": messages, "max_tokens": 8, "temperature": 0}
     (choice,) = server.post("/v1/chat/completions", **body)["choices"]
-    assert choice["finish_reason"] == "length" and choice["message"]["content"]
+    return choice
