@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import lightning as L
 import pytest
@@ -233,6 +234,19 @@ def test_a_batch_of_an_accumulated_step_takes_the_others_with_it(tmp_path: Path)
     trainer.fit(module, data)
     assert (guard.skipped, trainer.global_step, len(recorder.losses)) == (1, 3, 8)
     assert all(torch.isfinite(tensor).all() for tensor in module.state_dict().values())
+
+
+def test_clipping_takes_the_norms_that_the_guard_has_asked_for(tmp_path: Path) -> None:
+    def norms(*callbacks: L.Callback) -> int:
+        with patch("torch.linalg.vector_norm", wraps=torch.linalg.vector_norm) as computed:
+            run = Run({"pipeline_parallel_size": 1}, model="your own", steps=2, corpus=corpus, precision="32-true")
+            trainer, module, data = build(0, run, callbacks=callbacks)
+            trainer.callbacks = [each for each in trainer.callbacks if not isinstance(each, Recorder)]  # asks too
+            trainer.fit(module, data)
+        return computed.call_count
+
+    corpus = write_corpus(tmp_path)
+    assert norms(NonFiniteGuard()) == norms() > 0
 
 
 def test_two_guards_skip_a_step_once(tmp_path: Path) -> None:
