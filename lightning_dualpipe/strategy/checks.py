@@ -7,6 +7,7 @@ check_callbacks   likewise
 """
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Literal
 
 import torch
@@ -35,6 +36,7 @@ def check_arguments(
     dispatcher: str,
     save_distributed_checkpoint: object,
     hang_timeout: float | None,
+    timeout: timedelta,
 ) -> None:
     problems = [
         f"{name}={value!r} must be a positive whole number{or_auto}"
@@ -55,6 +57,11 @@ def check_arguments(
         problems.append(f"save_distributed_checkpoint={save_distributed_checkpoint!r} is neither a bool nor 'async'")
     if hang_timeout is not None and not (isinstance(hang_timeout, int | float) and hang_timeout >= 5):
         problems.append(f"hang_timeout={hang_timeout!r} must be a number of seconds, at least 5, or None for never")
+    elif hang_timeout is not None and hang_timeout >= timeout.total_seconds():
+        problems.append(
+            f"hang_timeout={hang_timeout!r} would never be reached: collectives give up after timeout={timeout} "
+            f"({timeout.total_seconds():g} s); make one smaller, or the other larger"
+        )
     if problems:
         raise ConfigurationError.of("DualPipeStrategy cannot be built", problems)
 

@@ -26,11 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerStatus
 from typing_extensions import override
 
+from lightning_dualpipe.between_batches import BetweenBatches
 from lightning_dualpipe.strategy.failures import (
     LocalRun,
     first_cause,
@@ -46,6 +47,7 @@ __all__ = ["PipelineLauncher", "join_run"]
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 6.0  # for ranks to fail on their own after the first one
 _UNHEARD_SECONDS = 4.0  # for the main process to come to where it can handle a signal
+_UNHEARD_SAVING_SECONDS = 30.0  # and where it then saves, between two batches: a batch may take long
 _PARTING_SECONDS = 1.0  # for ranks to end when the main process failed first: they cannot know it
 _FREED_SECONDS = 3.0  # for the main process to go on when the ranks it may have waited for are gone
 _LEAVING_SECONDS = 20.0  # for callbacks and exit handlers of a main process that is on its way out
@@ -118,7 +120,9 @@ class _Observer(threading.Thread):
 
     def _unheard(self) -> bool:
         """Whether a signal has told this process to end, but its main thread waits for another rank."""
-        return self._signal.seconds() > _UNHEARD_SECONDS
+        callbacks: list[Callback] = self._trainer.callbacks  # type: ignore[attr-defined]
+        saves = any(isinstance(each, BetweenBatches) for each in callbacks)
+        return self._signal.seconds() > (_UNHEARD_SAVING_SECONDS if saves else _UNHEARD_SECONDS)
 
     def _reported(self) -> bool:
         """Whether the main process knows that it fails."""

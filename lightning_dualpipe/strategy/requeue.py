@@ -1,19 +1,18 @@
 """SLURM's notice that the time of a job is nearly over, between batches instead of anywhere.
 
 Lightning's handler of that signal (SIGUSR1) saves a checkpoint, wherever its rank happens to be. Here saving
-is a collective, and another rank may be in the middle of a batch, waiting for this one. So the signal only
-leaves a note; after each batch all ranks look whether any of them has one, and then the handler runs on all.
+is a collective, so it waits for the end of a batch (``between_batches``), and then runs on all ranks.
 """
 
 from collections.abc import Callable
-from types import FrameType
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, Trainer
 from typing_extensions import override
+
+from lightning_dualpipe.between_batches import BetweenBatches
 
 __all__ = ["requeue_between_batches"]
 
@@ -30,38 +29,18 @@ def requeue_between_batches(trainer: Trainer, group: dist.ProcessGroup | None) -
     callbacks.append(requeue)  # the last, so that the others have seen the batch when a checkpoint is written
 
 
-class _Requeue(Callback):
-    """Acts once: ranks do not get the signal at the same moment, and the last may get it when all have acted.
-
-    Not during prediction, where pipelines may have different numbers of batches.
-    """
-
+class _Requeue(BetweenBatches):
     def __init__(self, save_and_requeue: Callable[..., None], group: dist.ProcessGroup) -> None:
+        super().__init__()
         self._save_and_requeue = save_and_requeue
         self._group = group
-        self._noted = 0
-        self._done = False
-
-    def note(self, number: int, _: FrameType | None) -> None:
-        self._noted = number
-
-    def _look(self, trainer: Trainer) -> None:
-        if self._done or trainer.sanity_checking:
-            return
-        noted = torch.tensor(self._noted)
-        dist.all_reduce(noted, op=dist.ReduceOp.MAX, group=self._group)
-        if noted:
-            self._done = True
-            self._save_and_requeue(int(noted), None)
 
     @override
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        self._look(trainer)
+    def _agree(self, trainer: Trainer, noted: int) -> int:
+        agreed = torch.tensor(noted)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self._group)
+        return int(agreed)
 
     @override
-    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        self._look(trainer)
-
-    @override
-    def on_test_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        self._look(trainer)
+    def _act(self, trainer: Trainer, number: int) -> None:
+        self._save_and_requeue(number, None)

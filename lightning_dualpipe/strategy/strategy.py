@@ -120,6 +120,7 @@ class DualPipeStrategy(WatchedPipeline):
             dispatcher,
             save_distributed_checkpoint,
             hang_timeout,
+            timeout or default_pg_timeout,
         )
         super().__init__(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
         self.pipeline_parallel_size = pipeline_parallel_size

@@ -17,6 +17,7 @@ or under torchrun in that of its agent: where it does not answer, that is the ve
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -144,15 +145,18 @@ class Watchdog:
         does = "waits" if mine.ranks else "is"
         tell(f"rank {self._rank} {does} {mine.what}{whom}, for {stuck:.0f} s")
         report_failure(TrainingError(found), rank=self._rank)
+        run = LocalRun.joined()
         time.sleep(_PARTING_SECONDS)
         self._kill_the_silent_ones(time.monotonic())
-        run = LocalRun.joined()
-        if run is not None and run.main == os.getpid():  # it has the last word when its ranks are gone
+        if run is not None and run.main != os.getpid():
+            time.sleep(_PARTING_SECONDS)  # the last word has the main process, or if that is gone who watches it
+            os._exit(1)
+        if run is not None:  # this is the main process: it fails as usual when its ranks are gone
             self._watched_thread.join(_FREED_SECONDS)
             if self._stopped.is_set():
                 return
-        if run is None or run.main == os.getpid():
-            tell(found)
+            shutil.rmtree(run.folder, ignore_errors=True)  # it waits for something else
+        tell(found)
         os._exit(1)
 
     def _kill_the_silent_ones(self, now: float) -> None:

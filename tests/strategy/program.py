@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from examples.your_own_model import LanguageModel
 from lightning_dualpipe import Batch, DualPipeStrategy, TextDataModule, newest_checkpoint
+from lightning_dualpipe.callbacks import SaveOnSigterm
 from tests.strategy.faults import fault
 
 BATCH_SIZE, NUM_BATCHES = 4, 12
@@ -66,6 +67,8 @@ def train(arguments: Sequence[str] | None = None) -> list[float]:
     if options.save:
         every = {"every_n_train_steps": options.every, "save_top_k": -1, "save_on_exception": True}
         callbacks.append(ModelCheckpoint("checkpoints", **every))  # type: ignore[arg-type]
+    if options.save_on_sigterm:
+        callbacks.append(SaveOnSigterm("checkpoints"))
     trainer = L.Trainer(
         accelerator="cpu",
         devices=options.devices,
@@ -109,6 +112,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--save", action="store_true")
+    parser.add_argument("--save-on-sigterm", action="store_true")
     parser.add_argument("--corpus", help="text to train on; it goes on where a checkpoint stood")
     parser.add_argument("--every", type=int, default=2, help="steps between two checkpoints")
     parser.add_argument("--resume", help="path of a checkpoint, or newest")

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from lightning_dualpipe.errors import ConfigurationError
 from lightning_dualpipe.strategy.failures import LocalRun, Report, first_cause, read_reports, report_failure
+from tests.marks import needs_patience
 from tests.ranks import run_ranks
 from tests.strategy import program
 from tests.strategy.programs import MODULE, SCRIPT, TO_END, Ended, Program, run_together
@@ -98,9 +99,9 @@ def test_a_rank_that_dies_or_leaves_ends_all_and_training_goes_on_from_the_last_
         torch.testing.assert_close(losses, whole[4:], rtol=0, atol=1e-9)
 
 
-def resume(rank: int, corpus: str, checkpoint: str) -> list[float]:
+def resume(rank: int, corpus: str, checkpoint: str | None) -> list[float]:
     pretend_torchrun(rank, 2)
-    return program.train(["--corpus", corpus, "--resume", checkpoint])
+    return program.train(["--corpus", corpus, *(["--resume", checkpoint] if checkpoint else [])])
 
 
 @pytest.mark.slow
@@ -120,6 +121,29 @@ def test_a_signal_to_end_ends_all(tmp_path):
     check_gone(ended["SIGTERM to main alone"], code=143)
     assert ended["SIGTERM to main alone"].last_words.endswith("stopped by SIGTERM\n")
     assert "Traceback" not in "".join(each.error for each in ended.values())
+
+
+@needs_patience
+@pytest.mark.slow
+def test_a_run_that_is_told_to_end_saves_and_goes_on_to_the_same_end(tmp_path):
+    corpus = write_corpus(tmp_path)
+    saving = ("--save-on-sigterm", "--corpus", corpus)
+    ended = run_together(
+        {
+            "main alone": failing((*MODULE, *saving), "callback", 1, "terminate_main"),
+            "torchrun": failing((*TORCHRUN, *saving), "training_step", 1, "terminate_main"),  # the agent
+        },
+        tmp_path,
+    )
+    check_gone(ended["main alone"], code=143)
+    assert ended["main alone"].last_words.endswith("stopped by SIGTERM\n")
+    assert ended["torchrun"].codes != [0] and 0 < ended["torchrun"].seconds < TO_END
+    undisturbed = run_ranks(2, resume, corpus, None, timeout=120)[0]
+    for each in ended.values():
+        checkpoint = str(each.folder / "checkpoints/sigterm.ckpt")
+        losses = run_ranks(2, resume, corpus, checkpoint, timeout=120)[0]
+        assert each.losses + losses == undisturbed  # to the last bit
+        assert 0 < len(losses) < len(undisturbed)
 
 
 @pytest.mark.slow
