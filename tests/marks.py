@@ -3,18 +3,26 @@
     @needs_cuda
     @needs("transformers")
 
-Where it is not there, the test is skipped and this is the reason shown. ``pytest -m gpu`` runs what needs a GPU.
+Where it is not there, the test is skipped and this is the reason shown. ``pytest -m gpu`` runs what needs a GPU,
+``pytest -m hosts`` what needs two hosts, which are network namespaces and need root.
 """
 
+import os
+import shutil
 from importlib.util import find_spec
 
 import pytest
 
-__all__ = ["needs", "needs_cuda", "needs_gpus", "needs_te", "skip_without_gpus"]
+__all__ = ["needs", "needs_cuda", "needs_gpus", "needs_programs", "needs_root", "needs_te", "skip_without_gpus"]
 
 
 def needs(package: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(find_spec(package) is None, reason=f"needs the package {package}")
+
+
+def needs_programs(*names: str) -> pytest.MarkDecorator:
+    missing = [name for name in names if shutil.which(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"needs the programs {', '.join(missing)}")
 
 
 def needs_gpus(count: int) -> pytest.MarkDecorator:
@@ -28,4 +36,5 @@ def skip_without_gpus(count: int = 1) -> pytest.MarkDecorator:
 
 
 needs_cuda = needs_gpus(1)
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to make network namespaces")
 needs_te = needs("transformer_engine")
