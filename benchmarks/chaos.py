@@ -61,11 +61,15 @@ def main() -> int:
         strategy = {"schedule": "1f1b", "save_distributed_checkpoint": "async" if options.save == "async" else True}
         undisturbed = Run(Path(folder) / "undisturbed", corpus, options.steps, {"schedule": "1f1b"}, save=False)
         expected = undisturbed.wait()[-COMPARED:]
+        undisturbed.end()
         while found.kills < options.kills:
             found.runs += 1
             run = Run(Path(folder) / str(found.runs), corpus, options.steps, strategy, save=True)
-            disturb(run, generator, found, options.kills)
-            losses = run.wait()
+            try:
+                disturb(run, generator, found, options.kills)
+                losses = run.wait()
+            finally:
+                run.end()
             if losses[-COMPARED:] != expected[-len(losses) :]:
                 found.different.append(f"run {found.runs}: {losses[-COMPARED:]}, not {expected}")
             found.torn += sum(torn(path) for path in (run.folder / "checkpoints").glob("*.ckpt"))
@@ -124,14 +128,19 @@ class Run:
         time.sleep(2)
         return (self.folder / "log").read_text()[-8000:]
 
+    def end(self) -> None:
+        """Whatever is left of it."""
+        self.process.kill()
+        self.process.wait()
+        for rank in self.ranks():
+            os.kill(rank, signal.SIGKILL)
+        self.log.close()
+
     def wait(self) -> list[float]:
         try:
             code = self.process.wait(timeout=900)
         except subprocess.TimeoutExpired:
             raise SystemExit(f"a hang: {(self.folder / 'log').read_text()[-2000:]}") from None
-        finally:
-            self.process.kill()
-            self.log.close()
         if code:
             raise SystemExit(f"the run ended with {code}:\n{(self.folder / 'log').read_text()[-4000:]}")
         losses: list[float] = json.loads((self.folder / "losses.json").read_text())

@@ -5,7 +5,8 @@ is a collective, and another rank may be in the middle of a batch, waiting for t
 leaves a note; after each batch all ranks look whether any of them has one, and then the handler runs on all.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -52,7 +53,8 @@ class _Requeue(Callback):
         dist.all_reduce(noted, op=dist.ReduceOp.MAX, group=self._group)
         if noted:
             self._done = True
-            self._save_and_requeue(int(noted), None)
+            with _written_at_once(trainer.strategy):
+                self._save_and_requeue(int(noted), None)
 
     @override
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
@@ -65,3 +67,14 @@ class _Requeue(Callback):
     @override
     def on_test_batch_end(self, trainer: Trainer, *_: Any) -> None:
         self._look(trainer)
+
+
+@contextmanager
+def _written_at_once(strategy: Any) -> Iterator[None]:
+    """SLURM ends the job as soon as it is requeued: what was still being written then would be lost."""
+    how = getattr(strategy, "save_distributed_checkpoint", False)
+    strategy.save_distributed_checkpoint = bool(how)
+    try:
+        yield
+    finally:
+        strategy.save_distributed_checkpoint = how

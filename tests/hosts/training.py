@@ -25,7 +25,7 @@ trainer:
       pipeline_parallel_size: 2
       expert_parallel_size: 2
       num_microbatches: 4
-      save_distributed_checkpoint: true
+      save_distributed_checkpoint: {save}
       timeout: "{timeout}"
   max_steps: {steps}
   gradient_clip_val: 1.0
@@ -38,7 +38,7 @@ trainer:
     init_args: {{save_dir: runs, name: train, flush_logs_every_n_steps: 1}}
   callbacks:
     - class_path: lightning.pytorch.callbacks.ModelCheckpoint
-      init_args: {{dirpath: checkpoints, filename: "{{step}}", every_n_train_steps: {every}, save_top_k: 3,
+      init_args: {{dirpath: {checkpoints}, filename: "{{step}}", every_n_train_steps: {every}, save_top_k: 3,
                    monitor: step, mode: max, save_last: link}}
 model:
   class_path: lightning_dualpipe.DeepSeekV3
@@ -49,11 +49,15 @@ data:
 """
 
 
-def write_configuration(folder: Path, *, steps: int, every: int, timeout: int) -> Path:
+def write_configuration(
+    folder: Path, *, steps: int, every: int, timeout: int, save: str = "true", checkpoints: str = "checkpoints"
+) -> Path:
     """DeepSeek-V3 in small over two hosts, two ranks on each: pipelines cross the cable, experts do not.
 
     Args:
-        every: steps between two checkpoints, directories of all ranks in ``checkpoints``.
+        every: steps between two checkpoints, directories of all ranks.
+        save: true, or async.
+        checkpoints: their folder; null for that of the logger.
         timeout: seconds that a collective may wait.
     """
     shape = "{" + ", ".join(f"{name}: {value}" for name, value in SHAPE.items()) + "}"
@@ -63,6 +67,8 @@ def write_configuration(folder: Path, *, steps: int, every: int, timeout: int) -
             timeout=f"0:00:{timeout}",
             steps=steps,
             every=every,
+            save=save,
+            checkpoints=checkpoints,
             shape=shape,
             corpus=write_corpus(folder),
             cache=folder / "cache",
