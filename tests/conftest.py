@@ -44,8 +44,10 @@ def pytest_configure() -> None:
     Finalize(None, shutil.rmtree, args=(tempfile.tempdir,), kwargs={"ignore_errors": True}, exitpriority=-200)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
+        if item.get_closest_marker("hosts") and "hosts" not in config.getoption("markexpr"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes, as root: pytest -m hosts"))
         for mark in item.iter_markers("gpu"):
             item.add_marker(skip_without_gpus(*mark.args))
 

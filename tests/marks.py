@@ -3,7 +3,8 @@
     @needs_cuda
     @needs("transformers")
 
-Where it is not there, the test is skipped and this is the reason shown. ``pytest -m gpu`` runs what needs a GPU.
+Where it is not there, the test is skipped and this is the reason shown. ``pytest -m gpu`` runs what needs a GPU,
+``pytest -m hosts`` what needs two hosts, which are network namespaces and need root.
 
 A program that cannot share this environment has one of its own, and a variable that says where:
 
@@ -11,6 +12,7 @@ A program that cannot share this environment has one of its own, and a variable 
 """
 
 import os
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,10 +20,12 @@ import pytest
 
 __all__ = [
     "needs",
+    "needs_commands",
     "needs_cuda",
     "needs_gpus",
     "needs_patience",
     "needs_program",
+    "needs_root",
     "needs_te",
     "program",
     "skip_without_gpus",
@@ -46,6 +50,11 @@ def _variable(name: str) -> str:
     return f"LIGHTNING_DUALPIPE_{name.upper()}"
 
 
+def needs_commands(*names: str) -> pytest.MarkDecorator:
+    missing = [name for name in names if shutil.which(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"needs the commands {', '.join(missing)}")
+
+
 def needs_gpus(count: int) -> pytest.MarkDecorator:
     return pytest.mark.gpu(count)  # tests/conftest.py adds the following
 
@@ -59,4 +68,5 @@ def skip_without_gpus(count: int = 1) -> pytest.MarkDecorator:
 # Whole programs that hang on purpose: minutes, most of it imports. DUALPIPE_PATIENCE=1 pytest -m slow tests/strategy
 needs_patience = pytest.mark.skipif("DUALPIPE_PATIENCE" not in os.environ, reason="set DUALPIPE_PATIENCE=1 to run it")
 needs_cuda = needs_gpus(1)
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to make network namespaces")
 needs_te = needs("transformer_engine")

@@ -68,7 +68,7 @@ class Manifest:
         try:
             body, _, rest = path.read_bytes().rpartition(b"\n")[0].rpartition(b"\n")
             whole = len(body) + len(rest) + 2 == path.stat().st_size
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise CheckpointError(_not_one(directory)) from None
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
@@ -142,7 +142,9 @@ def write_durably(path: Path, content: bytes) -> None:
 def _not_one(directory: Path) -> str:
     if not directory.exists():
         return f"{directory} is no checkpoint: there is nothing of that name. {REMEDY}"
-    inside = sorted(path.name for path in directory.iterdir())[:6] if directory.is_dir() else []
+    if not directory.is_dir():
+        return f"{directory} is a file, and this is for checkpoint directories, which all ranks write. {REMEDY}"
+    inside = sorted(path.name for path in directory.iterdir())[:6]
     if ".metadata" in inside:
         return (
             f"{directory} is a checkpoint of torch.distributed.checkpoint, whose metadata is a pickle that may run any "

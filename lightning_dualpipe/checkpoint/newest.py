@@ -1,15 +1,16 @@
 """Which checkpoint a run goes on from when nobody is there to choose: the newest that is intact."""
 
 import os
-import pickle
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from lightning_dualpipe.checkpoint.manifest import MANIFEST
+from lightning_dualpipe.checkpoint.single_file import UNREADABLE, not_whole
 from lightning_dualpipe.checkpoint.stored import open_stored
-from lightning_dualpipe.errors import CheckpointError
+from lightning_dualpipe.errors import CheckpointError, ConfigurationError
 
 __all__ = ["newest_checkpoint"]
 
@@ -27,7 +28,13 @@ def newest_checkpoint(folder: str | os.PathLike[str], *, thorough: bool = True) 
 
     Raises:
         CheckpointError: there are checkpoints, and none is intact: beginning anew must be somebody's decision.
+        ConfigurationError: ``folder`` is a checkpoint itself, or another file: there is none in it, and never will be.
     """
+    if (is_file := Path(folder).is_file()) or (Path(folder) / MANIFEST).exists():
+        raise ConfigurationError(
+            f"{folder} is {'a file' if is_file else 'a checkpoint'}, and the newest checkpoint is looked for in a "
+            "folder; give the folder it is in, or this as ckpt_path itself"
+        )
     problems = []
     found: list[tuple[int, float, Path]] = []
     for path in _candidates(Path(folder)):
@@ -67,8 +74,8 @@ def _step_of(path: Path) -> int:
     try:
         found = torch.load(path, weights_only=True, mmap=True, map_location="meta")
         return int(found["global_step"])
-    except (EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path} is no whole Lightning checkpoint: {str(error).splitlines()[:1]}") from None
+    except UNREADABLE as error:
+        raise not_whole(path, error) from None
 
 
 def _warn(problems: list[str]) -> None:

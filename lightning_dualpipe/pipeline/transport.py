@@ -71,7 +71,11 @@ class Transport:
     def take(self, message: Message) -> tuple[Tensor, ...]:
         """The tensors of a message, once they have arrived."""
         works, tensors = self._arriving.pop(message)
-        _wait(works)
+        try:
+            _wait(works)
+        except RuntimeError as error:
+            error.add_note(f"while it waited for {message} of its pipeline")
+            raise
         used_here(*tensors)
         return tensors
 

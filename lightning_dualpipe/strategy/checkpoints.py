@@ -3,6 +3,7 @@ directory into which every rank writes what it has. Both are loaded under any la
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_dualpipe.checkpoint.directory import is_directory, remove
+from lightning_dualpipe.checkpoint.single_file import loaded
 from lightning_dualpipe.checkpoint.stored import open_stored
 from lightning_dualpipe.pipeline.partition import is_extra_state
 from lightning_dualpipe.strategy.distributed_saves import RANDOM_STATES, DistributedSaves
@@ -121,7 +123,7 @@ class PipelineCheckpoints(PipelineOptimizers):
         """Of a directory only what is no tensor is read here; of tensors each rank reads its part when it needs it."""
         self._finish_saving()
         if not is_directory(checkpoint_path):
-            return super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+            return loaded(partial(super().load_checkpoint, checkpoint_path, weights_only), checkpoint_path)
         checkpoint = open_stored(checkpoint_path).checkpoint()
         random_states = checkpoint.get(RANDOM_STATES, {})
         if random_states.get("written_by") == self._distributed.written_by:

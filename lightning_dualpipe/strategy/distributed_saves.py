@@ -86,6 +86,8 @@ class DistributedSaves:
             return
         if self._rank == 0:
             contents = contents.packed()  # what it refers to changes from now on
+            with contextlib.suppress(OSError):  # the write itself will say so
+                target.parent.mkdir(parents=True, exist_ok=True)  # now: ModelCheckpoint's link goes there at once
         snapshot = self._snapshots.take(pieces)
         self._background.submit(partial(save, snapshot, contents, target, self._own_group(), rank=self._rank))
 

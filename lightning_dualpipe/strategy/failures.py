@@ -10,6 +10,7 @@ the reason. So every rank writes down how it ends, and whoever is left at last t
     devices=N   the main process tells (strategy.launcher)
     torchrun    its summary does, which takes the first report by time from its error files
     SLURM       nobody: each rank's own traceback is all there is
+    many hosts  ranks that have lost others name them (strategy.roll_call)
 """
 
 import contextlib
@@ -30,7 +31,16 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_dualpipe.errors import CheckpointError, ConfigurationError, TrainingError
 
-__all__ = ["LocalRun", "Report", "first_cause", "read_reports", "report_failure", "report_uncaught_errors", "tell"]
+__all__ = [
+    "LocalRun",
+    "Report",
+    "first_cause",
+    "lost_a_peer",
+    "read_reports",
+    "report_failure",
+    "report_uncaught_errors",
+    "tell",
+]
 
 _VARIABLE = "LIGHTNING_DUALPIPE_RUN"
 _LOST_PEER = ("closed by peer", "reset by peer", "socket closed", "broken pipe", "timed out", "timeout", "connect")
@@ -104,6 +114,9 @@ def report_uncaught_errors(*, rank: int) -> None:
             tell(f"rank {rank} ends because it lost its connection to another rank")
             if os.getpid() != run.main:  # if that was the main process, the thread that watches it has the last word
                 time.sleep(_ORPHANED_WITHIN_SECONDS)
+            return
+        if "TORCHELASTIC_ERROR_FILE" in os.environ and lost_a_peer(error):  # torchrun will show the traceback, last
+            tell(f"rank {rank} ends: {_summary(error)}")
             return
         usual(kind, error, place)
         if run is not None:
@@ -184,7 +197,7 @@ def _fate(code: int | None) -> str:
 
 
 def _report(error: BaseException, rank: int) -> Report:
-    summary = "".join(traceback.format_exception_only(error)).strip()
+    summary = _summary(error)
     if isinstance(
         error, CheckpointError | ConfigurationError | TrainingError
     ):  # for the user, who need not know where in our code it was found
@@ -194,10 +207,20 @@ def _report(error: BaseException, rank: int) -> Report:
     return Report(rank, time.time(), _kind(error), summary, text)
 
 
+def _summary(error: BaseException) -> str:
+    """Type, message and notes."""
+    return "".join(traceback.format_exception_only(error)).strip()
+
+
 def _kind(error: BaseException) -> Literal["error", "interrupt", "lost peer"]:
     if isinstance(error, KeyboardInterrupt | SIGTERMException):
         return "interrupt"
-    return "lost peer" if any(_lost_a_peer(link) for link in _chain(error)) else "error"
+    return "lost peer" if lost_a_peer(error) else "error"
+
+
+def lost_a_peer(error: BaseException) -> bool:
+    """Whether a rank ends because of another one, that is gone or does not answer."""
+    return any(_is_lost_connection(link) for link in _chain(error))
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -207,7 +230,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
-def _lost_a_peer(error: BaseException) -> bool:
+def _is_lost_connection(error: BaseException) -> bool:
     """NCCL's and the store's errors have a type of their own, gloo's name its source file."""
     text = str(error).lower()
     from_gloo = isinstance(error, RuntimeError) and "gloo/" in text and any(sign in text for sign in _LOST_PEER)

@@ -197,8 +197,9 @@ def join_run(rank: int) -> None:
     """For every rank to call before anything else can go wrong; what the launcher started ends with its parent."""
     run = LocalRun.announced()
     if run is None:
-        if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        if "TORCHELASTIC_ERROR_FILE" in os.environ and _WATCH not in {thread.name for thread in threading.enumerate()}:
             report_uncaught_errors(rank=rank)
+            threading.Thread(target=_heed_torchrun, args=(UnheardSignal(), rank), daemon=True, name=_WATCH).start()
     elif run.started_this_process():
         if _WATCH not in {thread.name for thread in threading.enumerate()}:
             report_uncaught_errors(rank=rank)
@@ -208,6 +209,14 @@ def join_run(rank: int) -> None:
 
 
 _WATCH = "parent-watch"
+
+
+def _heed_torchrun(signal_: UnheardSignal, rank: int) -> None:
+    """When torchrun ends this rank and it waits for one that is gone; else torchrun would wait for 30 seconds."""
+    while signal_.seconds() <= _UNHEARD_SECONDS:
+        signal_.wait(_POLL_SECONDS)
+    tell(f"rank {rank} was told to end while it waited for another rank, and ends")
+    os._exit(128 + signal.SIGTERM)
 
 
 def _watch_parent(run: LocalRun, rank: int) -> None:

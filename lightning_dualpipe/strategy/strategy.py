@@ -52,11 +52,13 @@ from lightning_dualpipe.strategy.configured import clear_gradients_early, optimi
 from lightning_dualpipe.strategy.failures import report_failure
 from lightning_dualpipe.strategy.interrupts import exit_as_terminated, stop_between_batches
 from lightning_dualpipe.strategy.launcher import PipelineLauncher, join_run
+from lightning_dualpipe.strategy.meeting import store_of_this_attempt
 from lightning_dualpipe.strategy.metric_groups import collect_over
 from lightning_dualpipe.strategy.model_summary import summarize_the_whole_model
 from lightning_dualpipe.strategy.reader import PipelineReader, check_lengths, warn_of_stream
 from lightning_dualpipe.strategy.recording import start_recording, stop_recording
 from lightning_dualpipe.strategy.requeue import requeue_between_batches
+from lightning_dualpipe.strategy.roll_call import RollCall
 from lightning_dualpipe.strategy.watched import WatchedPipeline
 
 __all__ = ["DualPipeStrategy"]
@@ -136,6 +138,7 @@ class DualPipeStrategy(WatchedPipeline):
         self._timeout = timeout or default_pg_timeout
         self.hang_timeout = hang_timeout
         self._groups: Groups | None = None
+        self._roll_call: RollCall | None = None
         self._recorder: Recorder | None = None
 
     # ---- who and where ------------------------------------------------------------------------
@@ -232,7 +235,12 @@ class DualPipeStrategy(WatchedPipeline):
         if self.world_size > 1 and not _distributed_is_initialized():
             device_id = self.root_device if self.root_device.type != "cpu" else None
             backend = self._backend or _get_default_process_group_backend_for_device(self.root_device)
-            _init_dist_connection(self.cluster_environment, backend, timeout=self._timeout, device_id=device_id)
+            store = store_of_this_attempt(self.global_rank, self.world_size, self._timeout)
+            _init_dist_connection(
+                self.cluster_environment, backend, store=store, timeout=self._timeout, device_id=device_id
+            )
+        if self.num_nodes > 1 and self._roll_call is None:
+            self._roll_call = RollCall.arrange(self.global_rank, self.world_size)
         # as in one process: what is random from here on follows from what rank 0 has drawn so far
         _set_rng_states(self.broadcast(_collect_rng_states(include_cuda=False)))
         if self._groups is None:
@@ -370,6 +378,8 @@ class DualPipeStrategy(WatchedPipeline):
     def on_exception(self, exception: BaseException) -> None:
         self._stop_watching()
         exit_as_terminated(exception)
+        if self._roll_call is not None:
+            self._roll_call.report(exception)
         if self.world_size > 1:
             report_failure(exception, rank=self.global_rank)
 

@@ -284,4 +284,6 @@ def test_a_requeued_slurm_job_goes_on_from_its_own_last_checkpoint(
             (checkpoint / "manifest.json").touch()
         os.utime(checkpoint, (age, age))
     assert submitted(tmp_path, capsys, job="77")["ckpt_path"] == "runs/77/671b/version_1/checkpoints/last.ckpt"
+    Path("runs/77/hpc_ckpt_1.ckpt").touch()  # written when it was requeued, after the last regular one
+    assert submitted(tmp_path, capsys, job="77")["ckpt_path"] == "runs/77/hpc_ckpt_1.ckpt"
     assert submitted(tmp_path, capsys, job="79")["ckpt_path"] is None

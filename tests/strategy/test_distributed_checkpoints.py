@@ -172,10 +172,11 @@ PP2 = Run({"schedule": "1f1b", "pipeline_parallel_size": 2}, world=2, steps=6)
 def test_model_checkpoint_keeps_what_it_is_told_to(how: bool | str, corpus: str, tmp_path: Path) -> None:
     run = distributed(replace(PP2, corpus=corpus), how)
     options = {"every_n_train_steps": 2, "save_top_k": 1, "save_last": "link"}
-    run_ranks(2, save, run, str(tmp_path), options, timeout=240)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "step=6.ckpt"]
-    assert (tmp_path / "last.ckpt").is_symlink()
-    assert read_whole(tmp_path / "last.ckpt")["global_step"] == 6
+    folder = tmp_path / "made by the first save"
+    run_ranks(2, save, run, str(folder), options, timeout=240)
+    assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "step=6.ckpt"]
+    assert (folder / "last.ckpt").is_symlink()
+    assert read_whole(folder / "last.ckpt")["global_step"] == 6
 
 
 def test_a_name_that_is_saved_again_is_replaced(corpus: str, tmp_path: Path) -> None:

@@ -1,0 +1,41 @@
+"""A Lightning checkpoint in one file: what is wrong with one that cannot be read, in words."""
+
+import os
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+from lightning_dualpipe.checkpoint.manifest import REMEDY
+from lightning_dualpipe.errors import CheckpointError
+
+__all__ = ["UNREADABLE", "loaded", "not_whole"]
+
+# What torch.load and those who look into its result raise of a file that is empty, cut, or something else.
+UNREADABLE = (EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError)
+_VERSION = "pytorch-lightning_version"
+
+
+def loaded(load: Callable[[], dict[str, Any]], path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What ``load`` reads of ``path``.
+
+    Raises:
+        CheckpointError: the file is not there, was cut, would run code, or is none of Lightning's.
+    """
+    try:
+        found = load()
+    except UNREADABLE as error:
+        raise not_whole(path, error) from error
+    if not isinstance(found, dict) or _VERSION not in found:
+        holds = ", ".join(map(str, list(found)[:6])) if isinstance(found, dict) else f"a {type(found).__name__}"
+        raise CheckpointError(f"{path} is no Lightning checkpoint: it has no {_VERSION}, but {holds}. {REMEDY}")
+    return found
+
+
+def not_whole(path: str | os.PathLike[str], error: Exception) -> CheckpointError:
+    if isinstance(error, OSError):
+        return CheckpointError(f"{path} cannot be read: {error}. {REMEDY}")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = next((line for line in lines if "GLOBAL" in line or "Unsupported" in line), lines[0] if lines else "")
+    return CheckpointError(
+        f"{path} is no whole Lightning checkpoint: {type(error).__name__}{': ' * bool(told)}{told}. {REMEDY}"
+    )
