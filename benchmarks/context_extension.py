@@ -1,6 +1,6 @@
 """Extending the context in small: the model and the phases of examples/context_extension, and the same without YaRN.
 
-    python benchmarks/context_extension.py                            # some 3 minutes on two idle cores
+    OMP_NUM_THREADS=1 python benchmarks/context_extension.py          # threads that wait for each other only cost time
     python benchmarks/context_extension.py --json context.json
 
 A model is trained on sequences of 128 bytes, saved, continued on 512, saved, continued on 2048: what tiny_*.yaml say,
