@@ -136,6 +136,7 @@ def test_the_headings_of_the_faq_are_messages_that_are_really_printed():
     sources = [
         *(ROOT / "lightning_dualpipe").rglob("*.py"),
         site / "lightning/pytorch/trainer/connectors/accelerator_connector.py",
+        site / "lightning_utilities/core/imports.py",
         site / "torch/__init__.py",
     ]
     said = "\n".join(text for source in sources for text in strings(source))
