@@ -6,13 +6,15 @@ So a signal only leaves a note; after each batch the ranks look whether any of t
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from typing_extensions import override
 
-__all__ = ["BetweenBatches"]
+__all__ = ["BetweenBatches", "written_at_once"]
 
 
 class BetweenBatches(Callback, ABC):
@@ -54,3 +56,17 @@ class BetweenBatches(Callback, ABC):
     @override
     def on_test_batch_end(self, trainer: Trainer, *_: Any) -> None:
         self._look(trainer)
+
+
+@contextmanager
+def written_at_once(strategy: Any) -> Iterator[None]:
+    """No checkpoint is left to the background: the process ends soon, and what is not written then is lost."""
+    how = getattr(strategy, "save_distributed_checkpoint", None)
+    if how != "async":
+        yield
+        return
+    strategy.save_distributed_checkpoint = True
+    try:
+        yield
+    finally:
+        strategy.save_distributed_checkpoint = how

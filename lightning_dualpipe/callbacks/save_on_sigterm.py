@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_dualpipe.between_batches import BetweenBatches
+from lightning_dualpipe.between_batches import BetweenBatches, written_at_once
 
 __all__ = ["SaveOnSigterm"]
 
@@ -74,19 +74,7 @@ class SaveOnSigterm(BetweenBatches):
     def _act(self, trainer: Trainer, number: int) -> None:
         trainer._signal_connector.received_sigterm = True
         if not trainer.testing:
-            _save(trainer, self.path)
+            with written_at_once(trainer.strategy):
+                trainer.save_checkpoint(self.path)
             rank_zero_info(f"SIGTERM: {self.path} is saved, at step {trainer.global_step}; all ranks end")
         raise SIGTERMException(_TERMINATED)
-
-
-def _save(trainer: Trainer, path: Path) -> None:
-    """Until it is on the disk: nobody will be there to write it in the background."""
-    strategy = trainer.strategy
-    background = getattr(strategy, "save_distributed_checkpoint", None) == "async"
-    if background:
-        strategy.save_distributed_checkpoint = True  # type: ignore[attr-defined]
-    try:
-        trainer.save_checkpoint(path)
-    finally:
-        if background:
-            strategy.save_distributed_checkpoint = "async"  # type: ignore[attr-defined]

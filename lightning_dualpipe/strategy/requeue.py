@@ -4,9 +4,7 @@ Lightning's handler of that signal (SIGUSR1) saves a checkpoint, wherever its ra
 is a collective, so it waits for the end of a batch (``between_batches``), and then runs on all ranks.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -14,7 +12,7 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, Trainer
 from typing_extensions import override
 
-from lightning_dualpipe.between_batches import BetweenBatches
+from lightning_dualpipe.between_batches import BetweenBatches, written_at_once
 
 __all__ = ["requeue_between_batches"]
 
@@ -45,16 +43,5 @@ class _Requeue(BetweenBatches):
 
     @override
     def _act(self, trainer: Trainer, number: int) -> None:
-        with _written_at_once(trainer.strategy):
+        with written_at_once(trainer.strategy):
             self._save_and_requeue(number, None)
-
-
-@contextmanager
-def _written_at_once(strategy: Any) -> Iterator[None]:
-    """SLURM ends the job as soon as it is requeued: what was still being written then would be lost."""
-    how = getattr(strategy, "save_distributed_checkpoint", False)
-    strategy.save_distributed_checkpoint = bool(how)
-    try:
-        yield
-    finally:
-        strategy.save_distributed_checkpoint = how
