@@ -3,7 +3,7 @@
     LIGHTNING_DUALPIPE_VLLM=vllm-venv python -m pytest tests/serving/test_vllm.py -rP
 
 (``examples/serving/install_vllm.sh`` makes the environment.) A server that answers is no proof: with another rotary
-kernel, or routing by softmax, vLLM writes text all the same, from log-probabilities that are 0.01 off.
+kernel, or routing by softmax, vLLM writes text all the same, from log-probabilities that are off by more than 1.
 """
 
 import subprocess
