@@ -62,7 +62,7 @@ def serving(
     log: Path,
     environment: Mapping[str, str] | None = None,
     cwd: Path,
-    timeout: float = 600,
+    timeout: float = 1200,
 ) -> Iterator[Server]:
     """Start ``command``, which must not leave its process group, and wait until ``server`` answers at ``ready``."""
     with log.open("w") as output:
