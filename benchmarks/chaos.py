@@ -32,6 +32,7 @@ from lightning_dualpipe.errors import CheckpointError
 ROOT = Path(__file__).parent.parent
 PATIENCE = 240.0  # seconds in which a start must come to its first step, on a busy machine
 TO_END = 30.0  # seconds in which all ranks of a run must be gone
+TO_RETURN = 60.0
 COMPARED = 5  # last losses
 
 
@@ -80,7 +81,8 @@ def main() -> int:
         f"{found.torn} torn checkpoints; {len(found.different)} runs with other losses"
     )
     print("\n".join(found.different), end="")
-    return int(bool(found.torn or found.different or found.longest_end > TO_END))
+    slow = found.longest_end > TO_END or found.longest_return > TO_RETURN
+    return int(bool(found.torn or found.different or slow))
 
 
 class Run:
