@@ -35,7 +35,8 @@ def save_for_ever(rank: int, folder: str, world: int) -> None:
         contents = Contents({"global_step": step}, {"weight": "weight"}, step, "test")
         save([piece], contents, Path(folder) / "latest.ckpt", dist.group.WORLD, rank=rank)
         if rank == 0:
-            (Path(folder) / "step").write_text(str(step))
+            (Path(folder) / "next").write_text(str(step))
+            os.replace(Path(folder) / "next", Path(folder) / "step")  # or a kill in between would report nothing
 
 
 def kill_once(folder: Path, generator: random.Random) -> tuple[int, int]:
@@ -57,7 +58,7 @@ def kill_once(folder: Path, generator: random.Random) -> tuple[int, int]:
             worker.kill()
             worker.join()
             worker.close()
-    reported = int((folder / "step").read_text() or 0)
+    reported = int((folder / "step").read_text())
     found = read_whole(folder / "latest.ckpt")
     assert torch.equal(found["state_dict"]["weight"], torch.full((ELEMENTS,), found["global_step"]).double())
     assert open_stored(folder / "latest.ckpt").manifest.step == found["global_step"]

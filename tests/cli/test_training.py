@@ -188,7 +188,11 @@ def test_an_error_that_nobody_foresaw_keeps_its_traceback(config: str, monkeypat
         run("fit", config)
 
 
-@pytest.mark.parametrize("example", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda path: path.stem)
+NO_TRAININGS = {"serving", "kubernetes", "evaluation"}
+TRAININGS = [path for path in sorted(EXAMPLES.rglob("*.yaml")) if path.parent.name not in NO_TRAININGS]
+
+
+@pytest.mark.parametrize("example", TRAININGS, ids=lambda path: path.stem)
 def test_the_examples_are_configurations(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("fit", str(example), "--print_config") == 0
     assert "lightning_dualpipe.DualPipeStrategy" in capsys.readouterr().out
