@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_dualpipe import ConfigurationError, DeepSeekV3, TrainingError
-from lightning_dualpipe.callbacks import LossSpikeGuard, NonFiniteGuard
+from lightning_dualpipe.callbacks import LossSpikeGuard, NonFiniteGuard, WeightAverage
 from lightning_dualpipe.callbacks.loss_spike_guard import spike_limit
 from tests.ranks import Cases
 from tests.strategy.runs import Recorder, Run, build, write_corpus
@@ -265,6 +265,19 @@ def test_a_spike_is_left_out_before_the_step(tmp_path: Path) -> None:
     plain.fit(other, same_data)
     assert (guard.skipped, trainer.global_step) == (1, 7)
     assert same(weights(module), weights(other))
+
+
+def test_a_skipped_step_is_no_update_of_the_average(tmp_path: Path) -> None:
+    averaged = []
+    for without in (False, True):
+        trainer, module, data = small(
+            tmp_path, WeightAverage(decay=0.5), Trouble("none" if without else "gradient"), NonFiniteGuard()
+        )
+        if without:
+            data.train_dataloader = without_batch(data.train_dataloader)
+        trainer.fit(module, data)  # leaves the average in the module
+        averaged.append(weights(module))
+    assert same(*averaged)
 
 
 def test_manual_optimization_skips_too(tmp_path: Path) -> None:
