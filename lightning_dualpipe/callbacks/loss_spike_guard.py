@@ -22,6 +22,7 @@ from lightning_dualpipe.interface import ReplicaAware
 __all__ = ["LossSpikeGuard", "spike_limit"]
 
 _MAD_OF_NORMAL = 1.4826
+_FEWEST = 4  # losses of which a median says something
 
 
 class LossSpikeGuard(StepGuard):
@@ -92,9 +93,6 @@ def spike_limit(losses: "deque[float] | list[float]", threshold: float, min_rise
     middle = median(losses)
     noise = _MAD_OF_NORMAL * median(abs(loss - middle) for loss in losses)
     return middle + max(threshold * noise, min_rise)
-
-
-_FEWEST = 4  # of which a median says something
 
 
 def _mean_over_ranks(trainer: Trainer, loss: Any) -> float:

@@ -21,8 +21,8 @@ class NonFiniteGuard(StepGuard):
     It says which microbatch of which batch the loss is from, and which gradient was the first in the order of the
     backward, with its stage and ranks. Weights that are not finite themselves end the run in any case.
 
-    What is looked at is the norm of all gradients, which clipping needs anyway: a strategy of this package computes
-    it once for both. On a GPU each optimizer step then waits for its backward, as it does with a ``GradScaler``.
+    What is looked at is the norm of all gradients; clipping reads them again. On a GPU each optimizer step then waits
+    for its backward, as it does with a ``GradScaler``.
 
     Args:
         action: ``skip`` the step with a warning, or ``stop``: raise ``TrainingError`` on all ranks.

@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
+from itertools import takewhile
 from typing import Any, ClassVar, Literal, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -55,8 +56,10 @@ class StepGuard(Callback, ABC):
         """Optimizer steps, since training began: part of checkpoints."""
         self._action, self._patience = action, patience
         self._in_a_row = 0
-        self._losses: list[tuple[int, Tensor]] = []  # batch, loss; since the last optimizer step
-        self._undo: list[Callable[[], None]] = []
+        self._losses: list[tuple[int, Tensor]] = []  # batch, loss; of which the next optimizer step is made
+        self._stepped = False  # since the last of them; one loss may be for several optimizers
+        self._dropped = False  # the optimizer step it has seen last
+        self._undo: list[Callable[[], None]] = []  # when the batch is over
 
     def _refuse(self, problems: list[str]) -> None:
         if problems:
@@ -69,7 +72,8 @@ class StepGuard(Callback, ABC):
         """What is wrong with this step, the same on every rank; None if nothing is.
 
         Args:
-            losses: of the batches since the last step, with their numbers; divided by how many are accumulated.
+            losses: of the batches since the last step, with their numbers; divided by how many are accumulated. Where
+                several optimizers step after one backward, they are the same for each.
         """
 
     # ---- hooks --------------------------------------------------------------------------------
@@ -85,18 +89,20 @@ class StepGuard(Callback, ABC):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._losses, self._undo = [], []
+        self._stepped = self._dropped = False
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self._stepped:
+            self._losses, self._stepped = [], False
         self._losses.append((trainer.fit_loop.epoch_loop.batch_idx, loss.detach()))
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        losses, self._losses = self._losses, []
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if any(isinstance(each, StepGuard) and each._undo for each in callbacks):
-            return  # another guard has dropped this step
-        trouble = self._trouble(trainer, pl_module, optimizer, losses)
+        self._stepped, self._dropped = True, False
+        if any(guard._dropped for guard in self._asked_before(trainer)):
+            return
+        trouble = self._trouble(trainer, pl_module, optimizer, list(self._losses))
         if trouble is None:
             self._in_a_row = 0
             return
@@ -108,15 +114,20 @@ class StepGuard(Callback, ABC):
             raise TrainingError(f"{what}. {self._patience} steps in a row were skipped before it")
         self.skipped += 1
         rank_zero_warn(f"{what}. It is skipped; {self.skipped} so far")
-        self._undo = _drop_step(trainer, pl_module, optimizer)
+        self._dropped = True
+        self._undo.append(_drop_step(trainer, pl_module, optimizer))
+
+    def _asked_before(self, trainer: Trainer) -> list["StepGuard"]:
+        """The guards that have seen this very step; what those after this one have seen last is the step before."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        return [each for each in takewhile(lambda each: each is not self, callbacks) if isinstance(each, StepGuard)]
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        for undo in self._undo:
-            undo()
-        self._undo = []
+        while self._undo:
+            self._undo.pop()()
         pl_module.log(self.metric, float(self.skipped))
 
     # ---- state --------------------------------------------------------------------------------
@@ -130,8 +141,8 @@ class StepGuard(Callback, ABC):
         self.skipped, self._in_a_row = state_dict["skipped"], state_dict["in_a_row"]
 
 
-def _drop_step(trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> list[Callable[[], None]]:
-    """Take the gradients away; returns what is to be done when Lightning has done what follows a step. Never empty."""
+def _drop_step(trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> Callable[[], None]:
+    """Take the gradients away; returns what is to be done when Lightning has done what follows a step."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = None
@@ -148,7 +159,7 @@ def _drop_step(trainer: Trainer, module: LightningModule, optimizer: Optimizer) 
     if isinstance(module, ForgetsSteps):
         module.on_step_skipped()
     # with manual optimization a module steps its schedulers itself
-    return [partial(_restore, _rates(trainer)) if automatic else partial(_restore, [])]
+    return partial(_restore, _rates(trainer) if automatic else [])
 
 
 _Rates = list[tuple[Any, dict[str, Any], list[dict[str, Any]]]]

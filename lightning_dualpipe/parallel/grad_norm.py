@@ -9,7 +9,6 @@ n-th. That is the whole bookkeeping, and one all-reduce of a scalar. Nothing wai
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Mapping
 
 import torch
@@ -18,27 +17,7 @@ from torch import Tensor
 
 from lightning_dualpipe.parallel.replicas import ReplicaGroups
 
-__all__ = ["KnownNorms", "clip_", "gradient_norm"]
-
-
-class KnownNorms:
-    """Norms of gradients on this rank, so that who asks next need not read the same gradients again.
-
-    Known is the norm of this very tensor as it was after its last write, which torch counts. What is known differs
-    from rank to rank, and so never decides whether ranks talk to each other.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[str, float], tuple[weakref.ref[Tensor], int, Tensor]] = {}
-
-    def norm(self, name: str, gradient: Tensor, norm_type: float) -> Tensor:
-        """In float64; accumulated in float32, of a float64 gradient in float64."""
-        known = self._known.get((name, norm_type))
-        if known is not None and known[0]() is gradient and known[1] == gradient._version:
-            return known[2]
-        norm = _norm(gradient, norm_type)
-        self._known[name, norm_type] = (weakref.ref(gradient), gradient._version, norm)
-        return norm
+__all__ = ["clip_", "gradient_norm"]
 
 
 @torch.no_grad()
@@ -48,7 +27,6 @@ def gradient_norm(
     *,
     group: dist.ProcessGroup | None,
     norm_type: float = 2.0,
-    known: KnownNorms | None = None,
 ) -> Tensor:
     """The p-norm over the whole model: a float64 scalar, equal on all ranks of ``group`` (None: on this one).
 
@@ -56,8 +34,7 @@ def gradient_norm(
     Each tensor's norm is accumulated in float32 (float64 gradients: in float64), their sum in float64.
     """
     assert norm_type > 0, f"norm_type {norm_type} is no norm"
-    known = known or KnownNorms()
-    norms = {name: known.norm(name, p.grad, norm_type) for name, p in parameters.items() if p.grad is not None}
+    norms = {name: _norm(p.grad, norm_type) for name, p in parameters.items() if p.grad is not None}
     device = next((parameter.device for parameter in parameters.values()), _device(group))
     total = torch.zeros((), dtype=torch.float64, device=device)
     if math.isinf(norm_type):
@@ -77,18 +54,18 @@ def clip_(
     *,
     group: dist.ProcessGroup | None,
     norm_type: float = 2.0,
-    known: KnownNorms | None = None,
 ) -> Tensor:
     """Scale gradients by ``max_norm / (norm + 1e-6)`` if that is less than 1; returns the norm before.
 
     The formula is that of ``torch.nn.utils.clip_grad_norm_``.
     """
-    norm = gradient_norm(parameters, replicas, group=group, norm_type=norm_type, known=known)
+    norm = gradient_norm(parameters, replicas, group=group, norm_type=norm_type)
     torch.nn.utils.clip_grads_with_norm_(parameters.values(), max_norm, norm)
     return norm
 
 
 def _norm(gradient: Tensor, norm_type: float) -> Tensor:
+    """In float64; accumulated in float32, of a float64 gradient in float64."""
     accumulate = torch.promote_types(gradient.dtype, torch.float32)
     return torch.linalg.vector_norm(gradient, norm_type, dtype=accumulate).double()
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_dualpipe.parallel.grad_norm import KnownNorms, clip_, gradient_norm
+from lightning_dualpipe.parallel.grad_norm import clip_, gradient_norm
 from lightning_dualpipe.plugins.fp8_precision import FP8Precision
 from lightning_dualpipe.precision.recipe import Recipe
 from lightning_dualpipe.strategy.checkpoints import PipelineCheckpoints
@@ -16,9 +16,6 @@ __all__ = ["PipelinePrecision"]
 
 
 class PipelinePrecision(PipelineCheckpoints):
-    _known_norms: KnownNorms | None = None
-    """Of what was asked for the norm last: a guard, the log and clipping ask for it in the same step."""
-
     @override
     def setup_precision_plugin(self) -> None:
         """Clipping by norm goes through the plugin, which sees this rank's parameters only: give it the whole norm.
@@ -39,14 +36,13 @@ class PipelinePrecision(PipelineCheckpoints):
         """Norm of the gradients of the whole model, each parameter counted once; the same on every rank."""
         assert self.assembly is not None
         named, replicas = self.assembly.named_parameters(), self.assembly.replicas
-        known = self._known_norms = self._known_norms or KnownNorms()
-        return gradient_norm(named, replicas, group=self.groups.world, norm_type=norm_type, known=known)
+        return gradient_norm(named, replicas, group=self.groups.world, norm_type=norm_type)
 
     def _clip_by_norm(self, plugin: Precision, optimizer: Optimizer, clip_val: float) -> None:
         assert self.assembly is not None
         wanted = {id(parameter) for parameter in plugin.main_params(optimizer)}
         named = {name: p for name, p in self.assembly.named_parameters().items() if id(p) in wanted}
-        clip_(named, clip_val, self.assembly.replicas, group=self.groups.world, known=self._known_norms)
+        clip_(named, clip_val, self.assembly.replicas, group=self.groups.world)
 
     # ---- FP8 ----------------------------------------------------------------------------------
 

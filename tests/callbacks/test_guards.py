@@ -8,7 +8,6 @@ from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from unittest.mock import patch
 
 import lightning as L
 import pytest
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_dualpipe import ConfigurationError, DeepSeekV3, TrainingError
-from lightning_dualpipe.callbacks import LossSpikeGuard, NonFiniteGuard
+from lightning_dualpipe.callbacks import LossSpikeGuard, NonFiniteGuard, WeightAverage
 from lightning_dualpipe.callbacks.loss_spike_guard import spike_limit
 from tests.ranks import Cases
 from tests.strategy.runs import Recorder, Run, build, write_corpus
@@ -235,17 +234,29 @@ def test_a_batch_of_an_accumulated_step_takes_the_others_with_it(tmp_path: Path)
     assert all(torch.isfinite(tensor).all() for tensor in module.state_dict().values())
 
 
-def test_clipping_takes_the_norms_that_the_guard_has_asked_for(tmp_path: Path) -> None:
-    def norms(*callbacks: L.Callback) -> int:
-        with patch("torch.linalg.vector_norm", wraps=torch.linalg.vector_norm) as computed:
-            run = Run({"pipeline_parallel_size": 1}, model="your own", steps=2, corpus=corpus, precision="32-true")
-            trainer, module, data = build(0, run, callbacks=callbacks)
-            trainer.callbacks = [each for each in trainer.callbacks if not isinstance(each, Recorder)]  # asks too
-            trainer.fit(module, data)
-        return computed.call_count
+class Scales(L.Callback):
+    """In a way that torch's count of writes to a tensor does not see."""
 
-    corpus = write_corpus(tmp_path)
-    assert norms(NonFiniteGuard()) == norms() > 0
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        for parameter in module.parameters():
+            if parameter.grad is not None:
+                parameter.grad.data.mul_(1000.0)
+
+
+def test_clipping_sees_what_was_written_to_gradients_after_the_guard_had_looked(tmp_path: Path) -> None:
+    found = []
+
+    def clip(optimizer: Any, **how: Any) -> None:
+        module.clip_gradients(optimizer, **how)
+        found.append(float(trainer.strategy.gradient_norm()))
+
+    run = Run(
+        {"pipeline_parallel_size": 1}, model="your own", steps=2, precision="32-true", corpus=write_corpus(tmp_path)
+    )
+    trainer, module, data = build(0, run, callbacks=[NonFiniteGuard(), Scales()])
+    module.configure_gradient_clipping = clip  # type: ignore[method-assign]
+    trainer.fit(module, data)
+    assert found == pytest.approx([1.0, 1.0], rel=1e-5)
 
 
 def test_two_guards_skip_a_step_once(tmp_path: Path) -> None:
@@ -265,6 +276,19 @@ def test_a_spike_is_left_out_before_the_step(tmp_path: Path) -> None:
     plain.fit(other, same_data)
     assert (guard.skipped, trainer.global_step) == (1, 7)
     assert same(weights(module), weights(other))
+
+
+def test_a_skipped_step_is_no_update_of_the_average(tmp_path: Path) -> None:
+    averaged = []
+    for without in (False, True):
+        trainer, module, data = small(
+            tmp_path, WeightAverage(decay=0.5), Trouble("none" if without else "gradient"), NonFiniteGuard()
+        )
+        if without:
+            data.train_dataloader = without_batch(data.train_dataloader)
+        trainer.fit(module, data)  # leaves the average in the module
+        averaged.append(weights(module))
+    assert same(*averaged)
 
 
 def test_manual_optimization_skips_too(tmp_path: Path) -> None:

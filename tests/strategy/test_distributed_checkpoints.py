@@ -70,7 +70,7 @@ def save(rank: int, run: Run, folder: str, options: Mapping[str, Any]) -> list[f
 def resume(rank: int, run: Run, paths: list[str]) -> list[list[float]]:
     """One fit after the other."""
     found = []
-    plugins = {"plugins": [DistributedCheckpointIO()]} if run.strategy is None else {}
+    plugins = {} if isinstance(run.strategy, Mapping) else {"plugins": [DistributedCheckpointIO()]}
     for path in paths:
         trainer, module, data = build(rank, replace(run, trainer=plugins))
         trainer.fit(module, data, ckpt_path=path)
@@ -107,6 +107,15 @@ def test_a_run_goes_on_under_any_layout(
     for rank, found in enumerate(run_ranks(run.world, resume, run, paths, timeout=240)):
         for written, losses in zip(saved, found, strict=True):
             assert losses == pytest.approx(rest, abs=1e-9), f"written under {written}, rank {rank}"
+
+
+def test_ddp_goes_on_from_a_directory(corpus: str, saved: dict[str, Path], uninterrupted: list[float]) -> None:
+    run = replace(run_under("dp2", corpus), strategy="ddp")
+    ranks = run_ranks(2, resume, run, [str(saved["dualpipe pp2 ep2"])], timeout=240)
+    (ours,), (theirs,) = ranks  # each rank has the loss of its half of the batch
+    assert ours != theirs
+    losses = [(one + other) / 2 for one, other in zip(ours, theirs, strict=True)]
+    assert losses == pytest.approx(uninterrupted[2 * SAVED_AT :], abs=1e-9)
 
 
 def test_a_directory_holds_what_auto_writes(saved: dict[str, Path]) -> None:
