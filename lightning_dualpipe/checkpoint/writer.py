@@ -40,6 +40,7 @@ from lightning_dualpipe.checkpoint.directory import put_in_place, remove_remains
 from lightning_dualpipe.checkpoint.failures import first_failure
 from lightning_dualpipe.checkpoint.index import DTYPES, Block, Entry, Index, Key
 from lightning_dualpipe.checkpoint.manifest import INDEX, STATE, FileRecord, Manifest, write_durably
+from lightning_dualpipe.checkpoint.writing import writing
 from lightning_dualpipe.errors import CheckpointError, ConfigurationError
 
 __all__ = ["Contents", "Piece", "save"]
@@ -225,9 +226,11 @@ class _Writer(StorageWriter):
                 "of rank 0: all ranks write into one, so it must be on a file system that all nodes share"
             )
         name = f"rank-{self._rank:05d}.safetensors"
-        done.set_result(_write_file(directory / name, plan.items, planner, save) if plan.items else [])
+        with writing():
+            done.set_result(_write_file(directory / name, plan.items, planner, save) if plan.items else [])
         return done
 
+    @writing()
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         assert self.directory is not None
         (save,) = {self.directory.name.rpartition("-")[2]}

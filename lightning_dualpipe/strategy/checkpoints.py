@@ -21,6 +21,7 @@ from typing_extensions import override
 from lightning_dualpipe.checkpoint.directory import is_directory, remove
 from lightning_dualpipe.checkpoint.single_file import loaded
 from lightning_dualpipe.checkpoint.stored import open_stored
+from lightning_dualpipe.checkpoint.writing import writing
 from lightning_dualpipe.pipeline.partition import is_extra_state
 from lightning_dualpipe.strategy.distributed_saves import RANDOM_STATES, DistributedSaves
 from lightning_dualpipe.strategy.optimizers import PipelineOptimizers
@@ -85,7 +86,8 @@ class PipelineCheckpoints(PipelineOptimizers):
             checkpoint[_OPTIMIZED] = [names for _, names in collected]
             if main_weights := self.assembly.store.whole_main_weights(self._sharded):
                 checkpoint[_MAIN_WEIGHTS] = main_weights
-        super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+        with writing():
+            super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
     @property
     def _distributed(self) -> DistributedSaves:

@@ -12,16 +12,20 @@ import socket
 import sys
 import threading
 import time
+import weakref
 from types import FrameType
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lightning_dualpipe.between_batches import BetweenBatches
 from lightning_dualpipe.strategy.failures import LocalRun
 
-__all__ = ["UnheardSignal", "exit_as_terminated", "stop_between_batches"]
+__all__ = ["UnheardSignal", "exit_as_terminated", "saves_between_batches", "stop_between_batches"]
+
+_running: "weakref.ref[Trainer] | None" = None  # whose batches it is that signals wait for
 
 
 class UnheardSignal:
@@ -69,6 +73,8 @@ def _position() -> tuple[int, int]:
 
 def stop_between_batches(trainer: Trainer) -> None:
     """SIGTERM, to whichever rank, leaves a note with all ranks of the node: Lightning stops after the batch."""
+    global _running
+    _running = weakref.ref(trainer)
     connector, run = trainer._signal_connector, LocalRun.joined()
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -81,6 +87,17 @@ def stop_between_batches(trainer: Trainer) -> None:
             launcher.kill(number)
 
     connector._sigterm_notifier_fn = note  # type: ignore[method-assign,assignment]
+
+
+def saves_between_batches(trainer: Trainer | None = None) -> bool:
+    """Whether a signal lets a callback save after the batch, which is then worth a wait.
+
+    Args:
+        trainer: None is the one whose batches are stopped.
+    """
+    trainer = trainer or (_running() if _running is not None else None)
+    callbacks: list[Callback] = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
+    return any(isinstance(each, BetweenBatches) for each in callbacks)
 
 
 def exit_as_terminated(exception: BaseException) -> None:

@@ -26,12 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerStatus
 from typing_extensions import override
 
-from lightning_dualpipe.between_batches import BetweenBatches
 from lightning_dualpipe.strategy.failures import (
     LocalRun,
     first_cause,
@@ -40,7 +39,7 @@ from lightning_dualpipe.strategy.failures import (
     report_uncaught_errors,
     tell,
 )
-from lightning_dualpipe.strategy.interrupts import UnheardSignal
+from lightning_dualpipe.strategy.interrupts import UnheardSignal, saves_between_batches
 
 __all__ = ["PipelineLauncher", "join_run"]
 
@@ -48,6 +47,7 @@ _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 6.0  # for ranks to fail on their own after the first one
 _UNHEARD_SECONDS = 4.0  # for the main process to come to where it can handle a signal
 _UNHEARD_SAVING_SECONDS = 30.0  # and where it then saves, between two batches: a batch may take long
+_UNHEARD_UNDER_TORCHRUN_SECONDS = 25.0  # the same; torchrun kills its ranks after 30, and they would not say why
 _PARTING_SECONDS = 1.0  # for ranks to end when the main process failed first: they cannot know it
 _FREED_SECONDS = 3.0  # for the main process to go on when the ranks it may have waited for are gone
 _LEAVING_SECONDS = 20.0  # for callbacks and exit handlers of a main process that is on its way out
@@ -120,8 +120,7 @@ class _Observer(threading.Thread):
 
     def _unheard(self) -> bool:
         """Whether a signal has told this process to end, but its main thread waits for another rank."""
-        callbacks: list[Callback] = self._trainer.callbacks  # type: ignore[attr-defined]
-        saves = any(isinstance(each, BetweenBatches) for each in callbacks)
+        saves = saves_between_batches(self._trainer)
         return self._signal.seconds() > (_UNHEARD_SAVING_SECONDS if saves else _UNHEARD_SECONDS)
 
     def _reported(self) -> bool:
@@ -212,8 +211,12 @@ _WATCH = "parent-watch"
 
 
 def _heed_torchrun(signal_: UnheardSignal, rank: int) -> None:
-    """When torchrun ends this rank and it waits for one that is gone; else torchrun would wait for 30 seconds."""
-    while signal_.seconds() <= _UNHEARD_SECONDS:
+    """When torchrun ends this rank and it waits for one that is gone; else torchrun would wait for 30 seconds.
+
+    Where a callback saves after the batch, not before torchrun is about to kill it: this rank may be in one long call,
+    or wait for one that is.
+    """
+    while signal_.seconds() <= (_UNHEARD_UNDER_TORCHRUN_SECONDS if saves_between_batches() else _UNHEARD_SECONDS):
         signal_.wait(_POLL_SECONDS)
     tell(f"rank {rank} was told to end while it waited for another rank, and ends")
     os._exit(128 + signal.SIGTERM)

@@ -3,7 +3,8 @@
     every rank      a thread looks whether the rank is at work (``strategy.progress``), and posts a beat
     stuck           for half the timeout: it also posts what it waits for (``strategy.waiting``), and reads what
                     the others post
-    for all of it   verdict: 1. ranks that post nothing any more: stopped, or their host is gone
+    for all of it   verdict: 1. ranks that post nothing any more: stopped, or their host is gone; but not those that
+                                others of their host see at work, in one long call that holds Python's lock
                              2. ranks that are stuck, but wait for nobody: in the data loader, say
                              3. all of them, in a circle
                     unless somebody is at work, who may be what the others wait for
@@ -25,7 +26,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -33,7 +34,7 @@ import torch.distributed as dist
 
 from lightning_dualpipe.errors import TrainingError
 from lightning_dualpipe.strategy.failures import LocalRun, report_failure, tell
-from lightning_dualpipe.strategy.progress import Progress, is_stopped, start_of
+from lightning_dualpipe.strategy.progress import Neighbours, Progress, is_stopped, start_of
 from lightning_dualpipe.strategy.waiting import Waiting, waiting
 
 __all__ = ["Post", "Watchdog", "verdict"]
@@ -43,6 +44,7 @@ _SLOWEST_LOOK = 10.0  # seconds
 _SILENT = 0.4  # of the timeout without a beat; ranks begin to read at half of it
 _PARTING_SECONDS = 1.0  # for what was written, and for the others to come to their verdict
 _FREED_SECONDS = 15.0  # for a main process to fail on its own when its ranks are gone
+_SHOWN = 8  # ranks, by name
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,8 @@ class Post:
     left: bool = False
     what: str = ""
     ranks: tuple[int, ...] = ()
+    busy: tuple[int, ...] = ()
+    """Ranks of the same host that use a processor."""
 
 
 class Watchdog:
@@ -71,7 +75,10 @@ class Watchdog:
         self._pause = min(timeout / _LOOKS, _SLOWEST_LOOK)
         self._watched = threading.get_ident()
         self._watched_thread = threading.current_thread()
-        self._progress = Progress(device)
+        self._progress, self._neighbours = Progress(device), Neighbours()
+        self._busy: tuple[int, ...] = ()
+        self._looked = self._moved = time.monotonic()
+        self._told_of_trouble = False
         self._board = _Board(rank, world, self._pause)
         self._beat = 0
         self._seen: dict[int, tuple[Post, float]] = {}  # by rank the last post, and when it was new
@@ -92,27 +99,41 @@ class Watchdog:
         self._board.stop(self._mine(left=True))
 
     def _watch(self) -> None:
-        looked = moved = time.monotonic()
+        self._looked = self._moved = time.monotonic()
         while not self._stopped.wait(self._pause):
-            now = time.monotonic()
-            self._progress.others = self._ranks_here()
-            # one that was stopped itself, with all others perhaps, has nothing to say of the time between
-            if self._progress.made() or now - looked > self._timeout * _SILENT:
-                moved = now
-            looked, stuck = now, now - moved
-            half = stuck > self._timeout / 2
-            self._board.post(self._mine(stuck=half))
-            self._board.read(everything=half)
-            self._read(now)
-            if stuck > self._timeout and (found := self._verdict(now)) and not self._stopped.is_set():
-                self._end(found, stuck)
+            try:
+                self._look(time.monotonic())
+            except Exception as trouble:  # a rank that does not post would be taken for a stopped one
+                if not self._told_of_trouble:
+                    tell(f"rank {self._rank} cannot see whether it is at work, so it counts as if: {trouble!r}")
+                self._told_of_trouble = True
+                self._looked = self._moved = time.monotonic()
+                self._board.post(self._mine())
+                self._board.read(everything=False)
+
+    def _look(self, now: float) -> None:
+        here = self._ranks_here()
+        self._progress.others = here.values()
+        busy = self._neighbours.busy(here.values())
+        self._busy = tuple(rank for rank, process in here.items() if process in busy)
+        # one that was stopped itself, with all others perhaps, has nothing to say of the time between
+        if self._progress.made() or now - self._looked > self._timeout * _SILENT:
+            self._moved = now
+        self._looked, stuck = now, now - self._moved
+        half = stuck > self._timeout / 2
+        self._board.post(self._mine(stuck=half))
+        self._board.read(everything=half)
+        self._read(now)
+        if stuck > self._timeout and (found := self._verdict(now)) and not self._stopped.is_set():
+            self._end(found, stuck)
 
     def _mine(self, *, stuck: bool = False, left: bool = False) -> Post:
         self._beat += 1
         found, process = Waiting(""), os.getpid()
         if stuck:  # only then: who looks at variables of a frame keeps them alive until it ends
             found = waiting(sys._current_frames().get(self._watched))
-        return Post(self._beat, socket.gethostname(), process, start_of(process), stuck, left, found.what, found.ranks)
+        host, started = socket.gethostname(), start_of(process)
+        return Post(self._beat, host, process, started, stuck, left, found.what, found.ranks, self._busy)
 
     def _read(self, now: float) -> None:
         for rank, post in self._board.posts.items():
@@ -120,9 +141,12 @@ class Watchdog:
             if known is None or known[0].beat != post.beat:
                 self._seen[rank] = (post, now)
 
-    def _ranks_here(self) -> set[int]:
-        host = socket.gethostname()
-        return {post.process for post, _ in self._seen.values() if post.host == host}
+    def _ranks_here(self) -> dict[int, int]:
+        """With their processes."""
+        return {rank: post.process for rank, (post, _) in self._seen.items() if self._is_here(post)}
+
+    def _is_here(self, post: Post) -> bool:
+        return post.host == socket.gethostname() and post.started == start_of(post.process) != ""
 
     def _verdict(self, now: float) -> str | None:
         if self._board.silent_for(now) > self._timeout * _SILENT:
@@ -130,14 +154,18 @@ class Watchdog:
                 "the store by which ranks find each other does not answer: the process it is in (that of rank 0, or "
                 "torchrun's agent on the first node) is stopped, or its host is gone"
             )
-        return verdict({rank: post for rank, (post, _) in self._seen.items()}, self._silent(now))
-
-    def _silent(self, now: float) -> set[int]:
-        return {
-            rank
-            for rank, (post, when) in self._seen.items()
-            if rank != self._rank and not post.left and now - when > self._timeout * _SILENT
+        silent, unheard = self._silent(now)
+        posts = {
+            rank: replace(post, stuck=post.stuck and rank not in unheard) for rank, (post, _) in self._seen.items()
         }
+        return verdict(posts, silent)
+
+    def _silent(self, now: float) -> tuple[set[int], set[int]]:
+        """Ranks that have stopped posting, and those that have and are seen at work all the same."""
+        late = {rank for rank, (_, when) in self._seen.items() if now - when > self._timeout * _SILENT} - {self._rank}
+        busy = {each for rank, (post, _) in self._seen.items() if rank not in late for each in post.busy}
+        silent = {rank for rank in late if not self._seen[rank][0].left}
+        return silent - busy - {*self._busy}, silent & (busy | {*self._busy})
 
     def _end(self, found: str, stuck: float) -> None:
         mine = self._mine(stuck=True)
@@ -162,10 +190,9 @@ class Watchdog:
     def _kill_the_silent_ones(self, now: float) -> None:
         """On this host. Without the store all are silent, also those that are about to end by themselves."""
         all_are = self._board.silent_for(now) > self._timeout * _SILENT
-        for rank in self._silent(now):
+        for rank in self._silent(now)[0]:
             post, _ = self._seen[rank]
-            is_here = post.host == socket.gethostname() and post.started == start_of(post.process) != ""
-            if is_here and (not all_are or is_stopped(post.process)):
+            if self._is_here(post) and (not all_are or is_stopped(post.process)):
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(post.process, signal.SIGKILL)
 
@@ -179,7 +206,7 @@ def verdict(posts: Mapping[int, Post], silent: set[int]) -> str | None:
     if silent:
         return (
             f"{_ranks(silent, posts)} {'does' if len(silent) == 1 else 'do'} not answer: stopped, or "
-            f"{'its host is' if len(silent) == 1 else 'their hosts are'} gone. {_who_waits(posts, silent)}"
+            f"{'its host is' if len(silent) == 1 else 'their hosts are'} gone{_who_waits(posts, silent)}"
         )
     there = {rank: post for rank, post in posts.items() if not post.left}
     if not all(post.stuck for post in there.values()):
@@ -187,26 +214,26 @@ def verdict(posts: Mapping[int, Post], silent: set[int]) -> str | None:
     idle = {rank: post for rank, post in there.items() if not post.ranks}
     if idle:
         stuck = "; ".join(f"{_ranks({rank}, posts)} is {post.what}" for rank, post in sorted(idle.items()))
-        return f"{stuck}: nothing moves there. {_who_waits(posts, set(idle))}"
+        return f"{stuck}: nothing moves there{_who_waits(posts, set(idle))}"
     left = {rank for rank, post in posts.items() if post.left}
     if left:
-        return f"{_ranks(left, posts)} {'has' if len(left) == 1 else 'have'} left. {_who_waits(posts, left)}"
+        return f"{_ranks(left, posts)} {'has' if len(left) == 1 else 'have'} left{_who_waits(posts, left)}"
     return "all ranks wait for each other: " + "; ".join(
         f"rank {rank} {post.what} ({_ranks(post.ranks)})" for rank, post in sorted(there.items())
     )
 
 
 def _who_waits(posts: Mapping[int, Post], culprits: set[int]) -> str:
-    """Those who wait for nobody but them come first: they are the next in the chain."""
+    """A sentence. Those who wait for nobody but them come first: they are the next in the chain."""
     waiters = sorted(
         (len(set(post.ranks) - culprits), rank)
         for rank, post in posts.items()
         if rank not in culprits and culprits & set(post.ranks)
     )
     if not waiters:
-        return "The others wait"
+        return ". The others wait" if posts.keys() - culprits else ""
     rank = waiters[0][1]
-    return f"Rank {rank} waits for it {posts[rank].what}"
+    return f". Rank {rank} waits for it {posts[rank].what}"
 
 
 def _ranks(ranks: "set[int] | tuple[int, ...]", posts: Mapping[int, Post] | None = None) -> str:
@@ -216,9 +243,6 @@ def _ranks(ranks: "set[int] | tuple[int, ...]", posts: Mapping[int, Post] | None
         shown.append(f"{rank} ({post.host}, process {post.process})" if post is not None else str(rank))
     more = [f"and {len(ranks) - _SHOWN} more"] if len(ranks) > _SHOWN else []
     return f"rank{'s' * (len(ranks) > 1)} {', '.join([*shown, *more])}"
-
-
-_SHOWN = 8
 
 
 class _Board:
@@ -270,6 +294,7 @@ class _Board:
         found = [json.loads(value) for value in self._store.multi_get(keys)] if keys else []
         self._answered = time.monotonic()
         read = {
-            int(key): Post(**{**post, "ranks": tuple(post["ranks"])}) for key, post in zip(keys, found, strict=True)
+            int(key): Post(**{**post, "ranks": tuple(post["ranks"]), "busy": tuple(post["busy"])})
+            for key, post in zip(keys, found, strict=True)
         }
         self.posts = {**self.posts, **read}

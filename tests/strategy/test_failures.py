@@ -8,11 +8,14 @@ import os
 import sys
 from collections.abc import Mapping
 
+import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
 
+from lightning_dualpipe.callbacks import SaveOnSigterm
 from lightning_dualpipe.errors import ConfigurationError
+from lightning_dualpipe.strategy import interrupts, launcher
 from lightning_dualpipe.strategy.failures import LocalRun, Report, first_cause, read_reports, report_failure
 from tests.marks import needs_patience
 from tests.ranks import run_ranks
@@ -132,18 +135,45 @@ def test_a_run_that_is_told_to_end_saves_and_goes_on_to_the_same_end(tmp_path):
         {
             "main alone": failing((*MODULE, *saving), "callback", 1, "terminate_main"),
             "torchrun": failing((*TORCHRUN, *saving), "training_step", 1, "terminate_main"),  # the agent
+            "a long batch": failing((*TORCHRUN, *saving), "training_step", 1, "terminate_main_and_take_long"),
         },
         tmp_path,
     )
     check_gone(ended["main alone"], code=143)
     assert ended["main alone"].last_words.endswith("stopped by SIGTERM\n")
-    assert ended["torchrun"].codes != [0] and 0 < ended["torchrun"].seconds < TO_END
+    for name in ("torchrun", "a long batch"):
+        assert ended[name].codes != [0] and 0 < ended[name].seconds < TO_END
     undisturbed = run_ranks(2, resume, corpus, None, timeout=120)[0]
     for each in ended.values():
         checkpoint = str(each.folder / "checkpoints/sigterm.ckpt")
         losses = run_ranks(2, resume, corpus, checkpoint, timeout=120)[0]
         assert each.losses + losses == undisturbed  # to the last bit
         assert 0 < len(losses) < len(undisturbed)
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_under_torchrun_a_rank_in_a_long_call_is_given_up_later_where_it_then_saves(monkeypatch, saves):
+    trainer = L.Trainer(accelerator="cpu", devices=1, logger=False, callbacks=[SaveOnSigterm("saved")] * saves)
+    monkeypatch.setattr(interrupts, "_running", None)
+    interrupts.stop_between_batches(trainer)
+
+    class Unheard:
+        since = 0.0
+
+        def seconds(self) -> float:
+            return self.since
+
+        def wait(self, _: float) -> None:
+            self.since += 1.0
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    unheard = Unheard()
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit, match="143"):
+        launcher._heed_torchrun(unheard, 0)  # type: ignore[arg-type]
+    assert unheard.since == (26 if saves else 5)  # torchrun kills after 30
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ costs minutes, so what runs always are ranks that do nothing but meet.
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +19,10 @@ import torch
 import torch.distributed as dist
 
 from lightning_dualpipe import ConfigurationError, DualPipeStrategy
+from lightning_dualpipe.checkpoint.writing import is_writing, writing
+from lightning_dualpipe.strategy.progress import Progress
 from lightning_dualpipe.strategy.watchdog import Post, Watchdog, verdict
+from tests.checkpoint.damage import write
 from tests.marks import needs_patience
 from tests.ranks import CONTEXT
 from tests.strategy.programs import SCRIPT, TO_END, Program, run_together
@@ -110,10 +114,26 @@ def work_here() -> None:
         pass
 
 
+def hold_pythons_lock_here() -> None:
+    """In one call, as an extension that computes in C without giving it up; no other thread runs meanwhile."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    work_here()
+    sys.setswitchinterval(usual)
+
+
+def write_here() -> None:
+    """To a disk that takes its time."""
+    with writing():
+        time.sleep(1.25 * SHORT)
+
+
 FAULTS = {  # with how the ranks end, and what is said of the second
     stop_here: ([1, -signal.SIGKILL, 1], "does not answer: stopped, or its host is gone"),
     sleep_here: ([1, 1, 1], "is in sleep_here (strategy/test_watchdog.py:"),
     work_here: ([0, 0, 0], None),
+    hold_pythons_lock_here: ([0, 0, 0], None),
+    write_here: ([0, 0, 0], None),
 }
 
 
@@ -181,6 +201,11 @@ VERDICTS: Mapping[str, tuple[dict[int, Post], set[int], str | None]] = {
         set(),
         "rank 1 (a, process 70) has left. Rank 0",
     ),
+    "all are stopped": (
+        {0: stuck_on(1), 1: stuck_on(0)},
+        {0, 1},
+        "ranks 0 (a, process 70), 1 (a, process 70) do not answer: stopped, or their hosts are gone",
+    ),
     "in a circle": (
         {0: stuck_on(1), 1: stuck_on(0)},
         set(),
@@ -194,6 +219,73 @@ def test_the_verdict_names_who_holds_up_the_others(case):
     posts, silent, expected = VERDICTS[case]
     found = verdict(posts, silent)
     assert found == expected if expected is None else found.startswith(expected)
+    assert not silent >= posts.keys() or found == expected, "nobody is left to wait"
+
+
+READER = """
+import time
+file = open("/dev/zero", "rb", buffering=0)
+while file.read(2**16):
+    time.sleep(0.05)
+"""
+
+
+def test_a_rank_whose_child_reads_is_at_work():
+    """Without much of a processor, as workers that fetch data from far away do."""
+    child = subprocess.Popen([sys.executable, "-S", "-c", READER])
+    try:
+        progress = Progress(torch.device("cpu"))
+        found = []
+        for _ in range(4):
+            time.sleep(0.4)
+            found.append(progress.made())
+        assert all(found[1:])
+    finally:
+        child.kill()
+        child.wait()
+    progress.made()
+    time.sleep(0.4)
+    assert not progress.made()
+
+
+def test_a_rank_that_brings_a_checkpoint_to_the_disk_is_at_work(monkeypatch, tmp_path):
+    """Every file of it: one call may take minutes in which nothing can be seen to move."""
+    at_work = []
+    monkeypatch.setattr(os, "fsync", lambda _: at_work.append(is_writing()))
+    write(0, str(tmp_path / "step=1.ckpt"), step=1)
+    assert len(at_work) > 3 and all(at_work)
+    assert not is_writing()
+
+
+def test_a_device_that_cannot_be_asked_counts_as_moving(monkeypatch):
+    """While a CUDA graph is captured, say; and the question is asked again."""
+
+    class Event:
+        def record(self, _: object) -> None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda _: None)
+    progress = Progress(torch.device("cuda", 0))
+    assert progress._queue_moves() and progress._queue_moves()
+
+
+def test_a_watchdog_that_cannot_look_says_so_once_and_goes_on_posting(monkeypatch, capfd):
+    def fail(_: Progress) -> bool:
+        raise OSError("no /proc here")
+
+    monkeypatch.setattr(Progress, "made", fail)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        watchdog = Watchdog(1.0, rank=0, world=1, device=torch.device("cpu"))
+        watchdog.start()
+        time.sleep(0.8)
+        assert watchdog._thread.is_alive()
+        assert watchdog._board.posts[0].beat > 3 and not watchdog._board.posts[0].stuck
+        watchdog.stop()
+    finally:
+        dist.destroy_process_group()
+    assert capfd.readouterr().err.count("cannot see whether it is at work") == 1
 
 
 def test_a_timeout_that_cannot_be_is_refused():
