@@ -18,8 +18,8 @@ from typing import Any, get_args
 
 import torch
 
+from lightning_dualpipe.cli.tokenizer import named_tokenizer
 from lightning_dualpipe.cli.trained import Trained, open_trained
-from lightning_dualpipe.data.tokenizers import load_tokenizer
 from lightning_dualpipe.deepseek_v3.config import DeepSeekV3Config
 from lightning_dualpipe.deepseek_v3.hf_plan import PlannedFile, export_plan
 from lightning_dualpipe.deepseek_v3.hf_stream import write_file
@@ -29,8 +29,6 @@ from lightning_dualpipe.deepseek_v3.safetensors_files import ModelDirectory
 from lightning_dualpipe.errors import ConfigurationError
 
 __all__ = ["export", "export_checkpoint"]
-
-BYTES = "bytes"
 
 
 def export(args: Sequence[str]) -> None:
@@ -137,7 +135,7 @@ def _tokenizer(
     """Token ids, and texts of files by name."""
     token_ids, files = dict(trained.module.hparams["token_ids"] or {}), trained.tokenizer_files
     if tokenizer is not None:
-        loaded = load_tokenizer(None if tokenizer == BYTES else tokenizer, eos_token=eos_token)
+        loaded = named_tokenizer(tokenizer, eos_token=eos_token)
         files = loaded.files
         token_ids = {
             "bos_token_id": loaded.bos,

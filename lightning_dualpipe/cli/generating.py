@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from lightning_dualpipe.cli.tokenizer import tokenizer_of
 from lightning_dualpipe.cli.trained import open_trained
-from lightning_dualpipe.data.tokenizers import Tokenizer, load_tokenizer
-from lightning_dualpipe.deepseek_v3.config import DeepSeekV3Config
+from lightning_dualpipe.data.tokenizers import Tokenizer
 from lightning_dualpipe.deepseek_v3.generation.decode import Generation
 from lightning_dualpipe.deepseek_v3.module import DeepSeekV3
 from lightning_dualpipe.errors import ConfigurationError
@@ -35,7 +35,7 @@ def generate(args: Sequence[str]) -> None:
     asked = _parser().parse_args(args)
     prompts = _prompts(asked)
     module = _module(asked)
-    tokenizer = _tokenizer(asked, module.config)
+    tokenizer = tokenizer_of(module, asked.model or asked.checkpoint, named=asked.tokenizer, eos_token=asked.eos_token)
     stops = [stop.encode().decode("unicode_escape").encode("latin-1").decode() for stop in asked.stop]
     stream = module.stream(
         [_ids(tokenizer, prompt, bos=asked.bos) for prompt in prompts],
@@ -86,7 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     text.add_argument("--prompt", action="append", help="the text to continue; again for more texts in one batch")
     text.add_argument("--prompt-file", type=Path, help="one text to continue, or with --lines one in each line")
     add("--lines", action="store_true", help="each line of --prompt-file is a prompt of its own")
-    add("--tokenizer", type=Path, help="tokenizer.json (default: the one beside --model, else bytes of UTF-8)")
+    add(
+        "--tokenizer",
+        metavar="FILE",
+        help="tokenizer.json, a folder with one, or 'bytes' (default: the one the model was trained with)",
+    )
     add("--eos-token", help="the token that ends a text, where the tokenizer's has an unusual name")
     add("--no-bos", dest="bos", action="store_false", help="do not begin with the token that begins a document")
     add("--max-new-tokens", type=int, default=128, help="of each text (default: %(default)s)")
@@ -154,19 +158,6 @@ def _device(name: str) -> torch.device:
 
 
 # ---- texts and tokens -----------------------------------------------------------------------------
-
-
-def _tokenizer(asked: argparse.Namespace, config: DeepSeekV3Config) -> Tokenizer:
-    beside = asked.model / "tokenizer.json" if asked.model is not None else None
-    file = asked.tokenizer or (beside if beside is not None and beside.exists() else None)
-    tokenizer = load_tokenizer(file, eos_token=asked.eos_token)
-    if tokenizer.vocab_size > config.vocab_size:
-        name = "the bytes of UTF-8, the default without --tokenizer," if file is None else f"the tokenizer {file}"
-        raise ConfigurationError(
-            f"{name} have {tokenizer.vocab_size} ids, the model vocab_size={config.vocab_size}: give the "
-            "tokenizer that the model was trained with by --tokenizer"
-        )
-    return tokenizer
 
 
 def _ids(tokenizer: Tokenizer, text: str, *, bos: bool) -> list[int]:

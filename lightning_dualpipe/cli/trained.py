@@ -46,7 +46,8 @@ class Trained:
         return found
 
     def filled(self) -> DeepSeekV3:
-        """The module with its weights, all of them in memory."""
+        """The module with its weights, all of them in memory, and its tokenizer."""
+        self.module.tokenizer_files = dict(self.tokenizer_files)
         self.module.configure_model()
         self.module.load_state_dict(dict(zip(self.weights, self.read(list(self.weights.values())), strict=True)))
         return self.module

@@ -11,7 +11,8 @@ import torch
 from lightning_dualpipe import DeepSeekV3
 from lightning_dualpipe.cli import main
 from lightning_dualpipe.cli.generating import _text
-from lightning_dualpipe.data.tokenizers import BYTE_BOS, ByteTokenizer
+from lightning_dualpipe.data.tokenizers import BYTE_BOS, ByteTokenizer, load_tokenizer
+from tests.data.test_tokenizers import trained_file
 from tests.deepseek_v3.generation.models import greedy_by_full_forwards
 from tests.deepseek_v3.small import randomize
 from tests.marks import needs
@@ -40,7 +41,10 @@ def exported(module: DeepSeekV3, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def checkpoint(module: DeepSeekV3, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("checkpoint") / "last.ckpt"
+    return saved(module, tmp_path_factory.mktemp("checkpoint") / "last.ckpt")
+
+
+def saved(module: DeepSeekV3, path: Path) -> Path:
     trainer = L.Trainer(accelerator="cpu", devices=1, **QUIET)
     trainer.strategy.connect(module)
     trainer.save_checkpoint(path, weights_only=True)
@@ -146,6 +150,40 @@ def test_the_tokenizer_beside_the_model_is_taken(
     assert line["text"] == tokenizer.decode(line["tokens"])
 
 
+@needs("tokenizers")
+@pytest.mark.parametrize("special", [["<s>", "</s>"], ["<s>", "[STOP]"], ["<s>"]])
+def test_a_checkpoint_is_asked_in_the_ids_of_its_training(
+    special: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the exported model is; a model of pairs of bytes continues bytes without complaint, and wrongly."""
+    tokenizer = load_tokenizer(trained_file(tmp_path / "own.json", special), eos_token=special[-1])
+    shape: Any = {**SHAPE, "num_hidden_layers": 1, "num_nextn_predict_layers": 0, "vocab_size": tokenizer.vocab_size}
+    module = DeepSeekV3("tiny", shape, token_ids={"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos})
+    module.configure_model()
+    randomize(module.model)
+    module.float().tokenizer_files = dict(tokenizer.files)
+    module.save_pretrained(tmp_path / "served", dtype="float32")
+    path = saved(module, tmp_path / "last.ckpt")
+    ids = tokenizer.encode([PROMPT])[0].tolist()
+    assert (ids != list(PROMPT.encode())) and (tokenizer.bos is None) == (special == ["<s>"])
+    expected = greedy_by_full_forwards(module.model, [*([tokenizer.bos] if len(special) > 1 else []), *ids], 6)
+    options = ["--prompt", PROMPT, "--max-new-tokens", 6, "--ignore-eos", "--json"]
+    lines = [said(capsys, *source, *options) for source in (("--checkpoint", path), ("--model", tmp_path / "served"))]
+    assert lines[0] == lines[1]
+    assert json.loads(lines[0])["tokens"] == expected and json.loads(lines[0])["text"] == tokenizer.decode(expected)
+    of_bytes = json.loads(said(capsys, "--checkpoint", path, "--tokenizer", "bytes", *options))
+    assert of_bytes["tokens"] == greedy_by_full_forwards(module.model, [BYTE_BOS, *PROMPT.encode()], 6)
+
+    module.tokenizer_files = {}
+    module.save_pretrained(tmp_path / "unknown", dtype="float32")
+    saved(module, tmp_path / "unknown.ckpt")
+    for source in (("--checkpoint", tmp_path / "unknown.ckpt"), ("--model", tmp_path / "unknown")):
+        assert f"{source[1]} does not say which tokenizer it was trained with: give it by --tokenizer" in refused(
+            capsys, *source, *options
+        )
+        assert said(capsys, *source, *options, "--tokenizer", tmp_path / "own.json", "--eos-token", special[-1])
+
+
 # ---- what is refused ------------------------------------------------------------------------------
 
 
@@ -216,4 +254,5 @@ def test_wrong_requests_are_explained(exported: Path, tmp_path: Path, capsys: py
     small = tmp_path / "small"
     shape: Any = {**SHAPE, "num_hidden_layers": 1, "vocab_size": 200, "num_nextn_predict_layers": 0}
     DeepSeekV3("tiny", shape).save_pretrained(small)
-    assert "have 264 ids, the model vocab_size=200" in refused(capsys, "--model", small, "--prompt", "x")
+    error = refused(capsys, "--model", small, "--prompt", "x", "--tokenizer", "bytes")
+    assert "the tokenizer bytes has 264 ids, the model vocab_size=200" in error
