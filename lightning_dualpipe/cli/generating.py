@@ -6,6 +6,7 @@ lightning-dualpipe generate --checkpoint last.ckpt --prompt-file prompts.txt --t
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +25,8 @@ from lightning_dualpipe.errors import ConfigurationError
 __all__ = ["generate"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+_ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
+_ESCAPED = re.compile(r"\\([nt\\])")
 
 
 def generate(args: Sequence[str]) -> None:
@@ -36,7 +39,7 @@ def generate(args: Sequence[str]) -> None:
     prompts = _prompts(asked)
     module = _module(asked)
     tokenizer = tokenizer_of(module, asked.model or asked.checkpoint, named=asked.tokenizer, eos_token=asked.eos_token)
-    stops = [stop.encode().decode("unicode_escape").encode("latin-1").decode() for stop in asked.stop]
+    stops = [_ESCAPED.sub(lambda found: _ESCAPES[found[1]], stop) for stop in asked.stop]
     stream = module.stream(
         [_ids(tokenizer, prompt, bos=asked.bos) for prompt in prompts],
         max_new_tokens=asked.max_new_tokens,
@@ -57,7 +60,7 @@ def generate(args: Sequence[str]) -> None:
     seconds = time.perf_counter() - began
     texts = [_text(tokenizer, tokens, stops) for tokens in stream.generation.tokens]
     if asked.json:
-        sys.stdout.write(_json(prompts, texts, stream.generation, seconds))
+        sys.stdout.write(_json(prompts, texts, stream.generation))
     elif asked.stream:
         _write_more(texts[0], written)
         sys.stdout.write("\n")
@@ -99,7 +102,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-k", type=int, help="draw from so many of the likely tokens (default: all)")
     add("--seed", type=int, help="of what is drawn (default: another one each time)")
     add("--speculate", type=int, default=0, metavar="N", help="tokens to draft in each round (default: %(default)s)")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this, such as '\\n'; may be repeated")
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help=r"end before this; \n is a new line, \t a tab, \\ a backslash, all else itself; may be repeated",
+    )
     add("--ignore-eos", action="store_true", help="go on after the token that ends a text")
     add("--prefill-chunk", type=int, default=1024, help="tokens of a prompt read at a time (default: %(default)s)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
@@ -130,6 +139,10 @@ def _prompts(asked: argparse.Namespace) -> list[str]:
         raise ConfigurationError(
             f"--stream writes one text, and there are {len(prompts)} prompts: leave it out for them"
         )
+    for option, texts in (("--prompt", asked.prompt or []), ("--stop", asked.stop)):
+        for text in texts:
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise ConfigurationError(f"{option} {text!r} is not UTF-8: give text, or set the locale to a UTF-8 one")
     if not all(asked.stop):
         raise ConfigurationError("--stop '' would end every text at once; leave it out")
     return prompts
@@ -199,7 +212,7 @@ def _write_more(text: str, written: str) -> str:
 # ---- what is told ---------------------------------------------------------------------------------
 
 
-def _json(prompts: Sequence[str], texts: Sequence[str], generation: Generation, seconds: float) -> str:
+def _json(prompts: Sequence[str], texts: Sequence[str], generation: Generation) -> str:
     lines: list[dict[str, Any]] = [
         {"prompt": prompt, "text": text, "tokens": tokens, "finish_reason": reason}
         for prompt, text, tokens, reason in zip(

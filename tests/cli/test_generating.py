@@ -1,6 +1,7 @@
 """``lightning-dualpipe generate`` from the command line."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from lightning_dualpipe import DeepSeekV3
-from lightning_dualpipe.cli import main
+from lightning_dualpipe.cli import generating, main
 from lightning_dualpipe.cli.generating import _text
 from lightning_dualpipe.data.tokenizers import BYTE_BOS, ByteTokenizer, load_tokenizer
 from tests.data.test_tokenizers import trained_file
@@ -117,6 +118,28 @@ def test_a_text_ends_before_a_stop_of_several_tokens(
     options = ["--max-new-tokens", 24, "--ignore-eos", "--stop", "no such text", "--stop", stop, *stream]
     out = said(capsys, "--model", exported, "--prompt", PROMPT, *options)
     assert out == ("" if stream else PROMPT) + text[: text.index(stop)] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("stop", "means"),
+    [
+        ("€", "€"),
+        ("é", "é"),
+        ("\\", "\\"),
+        (r"a\\n", "a\\n"),
+        (r"\n\t", "\n\t"),
+        (r"\u20ac", r"\u20ac"),
+        (r"\xe9", r"\xe9"),
+    ],
+)
+def test_a_stop_is_text_and_has_three_escapes(
+    stop: str, means: str, exported: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    asked: list[Sequence[str]] = []
+    end_of_text = generating._end_of_text
+    monkeypatch.setattr(generating, "_end_of_text", lambda *args: asked.append(args[1]) or end_of_text(*args))
+    said(capsys, "--model", exported, "--prompt", PROMPT, "--max-new-tokens", 2, "--stop", stop)
+    assert asked == [[means]]
 
 
 def test_halves_of_characters_and_of_stops_are_held_back() -> None:
@@ -244,6 +267,8 @@ def test_wrong_requests_are_explained(exported: Path, tmp_path: Path, capsys: py
         ("--prompt", "x", "--lines"): "--lines has no effect without --prompt-file",
         ("--prompt", "x", "--prompt", "y", "--stream"): "--stream writes one text, and there are 2 prompts",
         ("--prompt", "x", "--stop", ""): "--stop '' would end every text at once",
+        ("--prompt", "x", "--stop", "\udce9"): "--stop '\\udce9' is not UTF-8",
+        ("--prompt", "\udce9"): "--prompt '\\udce9' is not UTF-8",
         ("--prompt", "x", "--temperature", -1): "temperature=-1.0 must be 0",
         ("--prompt", "x", "--top-p", 0.5): "have no effect at temperature=0",
         ("--prompt", "x", "--max-new-tokens", 100000): "exceeds max_position_embeddings=4096",
