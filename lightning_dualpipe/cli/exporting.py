@@ -145,7 +145,8 @@ def _tokenizer(
     elif eos_token is not None:
         raise ConfigurationError(f"--eos-token {eos_token!r} is for a tokenizer that --tokenizer names")
     vocabulary = trained.module.config.vocab_size
-    largest = largest_token_id(files["tokenizer.json"]) if "tokenizer.json" in files else -1
+    source = tokenizer or f"the tokenizer.json in {trained.path}"
+    largest = largest_token_id(files["tokenizer.json"], source) if "tokenizer.json" in files else -1
     if largest >= vocabulary:
         raise ConfigurationError(
             f"the tokenizer has ids up to {largest}, the model vocab_size={vocabulary}: give the tokenizer that the "

@@ -325,6 +325,10 @@ BAD: dict[str, tuple[Callable[..., list[str]], str]] = {
     "no processes": (with_file("--processes", "0"), "processes=0: at least 1 is needed"),
     "no size": (with_file("--shard-size", "5 parsecs"), "max_shard_size='5 parsecs' is no size"),
     "no tokenizer": (with_file("--tokenizer", "elsewhere.json"), "elsewhere.json' cannot be read"),
+    "a broken tokenizer in it": (
+        changed(lambda c: c.update(tokenizer_files={"tokenizer.json": "{}"})),
+        "the tokenizer.json in changed.ckpt is no tokenizer of Hugging Face's",
+    ),
     "a larger tokenizer": (larger_tokenizer, "the tokenizer has ids up to"),
     "eos of no tokenizer": (with_file("--eos-token", "<x>"), "--eos-token '<x>' is for a tokenizer that --tokenizer"),
 }
