@@ -34,7 +34,7 @@ __all__ = ["export", "export_checkpoint"]
 def export(args: Sequence[str]) -> None:
     """
     Raises:
-        CheckpointError: a directory that is no checkpoint, or not as it was written.
+        CheckpointError: a file or a directory that is no checkpoint, or not as it was written.
         ConfigurationError: what else ``export_checkpoint`` refuses.
     """
     asked = _parser().parse_args(args)
@@ -83,7 +83,7 @@ def export_checkpoint(
         The files that were written.
 
     Raises:
-        CheckpointError: a directory that is no checkpoint, or not as it was written.
+        CheckpointError: a file or a directory that is no checkpoint, or not as it was written.
         ConfigurationError: no checkpoint of ``DeepSeekV3``, a request that cannot work, or a directory that cannot be
             written. What was in it is as before.
     """

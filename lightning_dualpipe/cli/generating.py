@@ -32,6 +32,7 @@ _ESCAPED = re.compile(r"\\([nt\\])")
 def generate(args: Sequence[str]) -> None:
     """
     Raises:
+        CheckpointError: a checkpoint that is not whole, or would run code.
         ConfigurationError: files that are missing or no model, or what ``DeepSeekV3.generate`` refuses.
         MissingPackageError: a tokenizer.json, and the package ``tokenizers`` is not there.
     """

@@ -229,8 +229,13 @@ def test_wrong_files_are_named(
     latin.write_bytes("é".encode("latin-1"))
     assert f"{missing} does not exist: give a local directory" in refused(capsys, "--model", missing, *prompt)
     assert f"{missing} does not exist" in refused(capsys, "--checkpoint", missing, *prompt)
-    for path in (empty, cut, exported / "config.json"):
-        assert f"{path} is not a whole checkpoint file" in refused(capsys, "--checkpoint", path, *prompt)
+    for path, reason in (
+        (empty, "it is empty"),
+        (cut, "RuntimeError: PytorchStreamReader failed"),
+        (exported / "config.json", "it is no archive of torch.save"),
+    ):
+        error = refused(capsys, "--checkpoint", path, *prompt)
+        assert f"{path} is no whole Lightning checkpoint: {reason}" in error
     assert "is a Hugging Face directory of safetensors, not a checkpoint" in refused(
         capsys, "--checkpoint", exported, *prompt
     )
@@ -247,7 +252,9 @@ def test_a_checkpoint_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
             return (tmp_path.joinpath("ran").touch, ())
 
     torch.save({"state_dict": {}, "hyper_parameters": Evil()}, tmp_path / "evil.ckpt")
-    assert "not a whole checkpoint file" in refused(capsys, "--checkpoint", tmp_path / "evil.ckpt", "--prompt", "x")
+    error = refused(capsys, "--checkpoint", tmp_path / "evil.ckpt", "--prompt", "x")
+    assert "evil.ckpt would run code when it is loaded: it asks for getattr" in error
+    assert "\x1b" not in error and "can still be loaded" not in error
     assert not (tmp_path / "ran").exists()
 
 
