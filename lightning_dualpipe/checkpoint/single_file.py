@@ -52,7 +52,7 @@ def not_whole(path: str | os.PathLike[str], error: Exception) -> CheckpointError
         if (name := re.search(r"GLOBAL (\S+)", str(error))) is not None:
             return CheckpointError(f"{path} would run code when it is loaded: it asks for {name[1]}. {REMEDY}")
         lines = [line for line in lines if "Unsupported" in line] or ["it holds more than data"]
-    told = lines[0] if lines else ""
+    told = lines[0].rstrip(".") if lines else ""
     if told.startswith("mmap can only be used"):
         return CheckpointError(f"{path} is no whole Lightning checkpoint: it is no archive of torch.save. {REMEDY}")
     return CheckpointError(

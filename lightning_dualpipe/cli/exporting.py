@@ -88,7 +88,7 @@ def export_checkpoint(
             written. What was in it is as before.
     """
     if processes < 1:
-        raise ConfigurationError(f"processes={processes}: at least 1 is needed to write")
+        raise ConfigurationError(f"--processes {processes}: at least 1 is needed to write")
     checkpoint, directory = Path(checkpoint), Path(directory)
     trained = open_trained(checkpoint)
     config: DeepSeekV3Config = trained.module.config

@@ -319,11 +319,17 @@ BAD: dict[str, tuple[Callable[..., list[str]], str]] = {
         ],
         "model.layers.0.mlp.down_proj.weight holds nan in row 0",
     ),
-    "a model is there": (with_model, "out already holds a model"),
+    "a model is there": (
+        with_model,
+        "out already holds a model; choose another directory, or replace it by --overwrite",
+    ),
     "a file is there": (a_file, "out is a file, an export needs a directory"),
     "nobody may write": (with_file("/proc/out"), "/proc/out cannot be written"),
-    "no processes": (with_file("--processes", "0"), "processes=0: at least 1 is needed"),
-    "no size": (with_file("--shard-size", "5 parsecs"), "max_shard_size='5 parsecs' is no size"),
+    "no processes": (with_file("--processes", "0"), "--processes 0: at least 1 is needed"),
+    "no size": (
+        with_file("--shard-size", "5 parsecs"),
+        "--shard-size 5 parsecs (max_shard_size='5 parsecs') is no size",
+    ),
     "no tokenizer": (with_file("--tokenizer", "elsewhere.json"), "elsewhere.json' cannot be read"),
     "a broken tokenizer in it": (
         changed(lambda c: c.update(tokenizer_files={"tokenizer.json": "{}"})),
