@@ -27,7 +27,8 @@ def newest_checkpoint(folder: str | os.PathLike[str], *, thorough: bool = True) 
             are loaded. Single files have no checksums: those that are cut are noticed, not those with a flipped bit.
 
     Raises:
-        CheckpointError: there are checkpoints, and none is intact: beginning anew must be somebody's decision.
+        CheckpointError: there are checkpoints, and none is intact, or only one of step 0, as ``import`` writes it:
+            beginning anew must be somebody's decision.
         ConfigurationError: ``folder`` is a checkpoint itself, or another file: there is none in it, and never will be.
     """
     if (is_file := Path(folder).is_file()) or (Path(folder) / MANIFEST).exists():
@@ -42,7 +43,7 @@ def newest_checkpoint(folder: str | os.PathLike[str], *, thorough: bool = True) 
             found.append((_step_of(path), path.stat().st_mtime, path))
         except CheckpointError as error:
             problems.append(str(error))
-    for _, _, path in sorted(found, reverse=True):
+    for step, _, path in sorted(found, reverse=True):
         try:
             if path.is_dir():
                 stored = open_stored(path)
@@ -50,13 +51,12 @@ def newest_checkpoint(folder: str | os.PathLike[str], *, thorough: bool = True) 
         except CheckpointError as error:
             problems.append(str(error))
         else:
+            if step == 0 and problems:
+                raise _none_intact(f"{folder} is intact but {path}, which is a beginning", problems)
             _warn(problems)
             return str(path)
     if problems:
-        raise CheckpointError(
-            f"no checkpoint in {folder} is intact; move them away to begin anew:\n"
-            + "\n".join(f"  - {problem}" for problem in problems)
-        )
+        raise _none_intact(f"{folder} is intact", problems)
     return None
 
 
@@ -76,6 +76,11 @@ def _step_of(path: Path) -> int:
         return int(found["global_step"])
     except UNREADABLE as error:
         raise not_whole(path, error) from None
+
+
+def _none_intact(words: str, problems: list[str]) -> CheckpointError:
+    listed = "\n".join(f"  - {problem}" for problem in problems)
+    return CheckpointError(f"no checkpoint in {words}; move these away to begin anew:\n{listed}")
 
 
 def _warn(problems: list[str]) -> None:

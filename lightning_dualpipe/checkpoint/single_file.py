@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import re
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +13,16 @@ from lightning_dualpipe.errors import CheckpointError
 __all__ = ["UNREADABLE", "loaded", "not_whole"]
 
 # What torch.load and those who look into its result raise of a file that is empty, cut, or something else.
-UNREADABLE = (EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError)
+UNREADABLE = (
+    EOFError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)
 _VERSION = "pytorch-lightning_version"
 
 
@@ -34,8 +45,16 @@ def loaded(load: Callable[[], dict[str, Any]], path: str | os.PathLike[str]) -> 
 def not_whole(path: str | os.PathLike[str], error: Exception) -> CheckpointError:
     if isinstance(error, OSError):
         return CheckpointError(f"{path} cannot be read: {error}. {REMEDY}")
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
+        return CheckpointError(f"{path} is no whole Lightning checkpoint: it is empty. {REMEDY}")
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = next((line for line in lines if "GLOBAL" in line or "Unsupported" in line), lines[0] if lines else "")
+    if isinstance(error, pickle.UnpicklingError):  # of these lines, most are about how to load it nevertheless
+        if (name := re.search(r"GLOBAL (\S+)", str(error))) is not None:
+            return CheckpointError(f"{path} would run code when it is loaded: it asks for {name[1]}. {REMEDY}")
+        lines = [line for line in lines if "Unsupported" in line] or ["it holds more than data"]
+    told = lines[0].rstrip(".") if lines else ""
+    if told.startswith("mmap can only be used"):
+        return CheckpointError(f"{path} is no whole Lightning checkpoint: it is no archive of torch.save. {REMEDY}")
     return CheckpointError(
         f"{path} is no whole Lightning checkpoint: {type(error).__name__}{': ' * bool(told)}{told}. {REMEDY}"
     )

@@ -18,8 +18,8 @@ from typing import Any, get_args
 
 import torch
 
+from lightning_dualpipe.cli.tokenizer import named_tokenizer
 from lightning_dualpipe.cli.trained import Trained, open_trained
-from lightning_dualpipe.data.tokenizers import load_tokenizer
 from lightning_dualpipe.deepseek_v3.config import DeepSeekV3Config
 from lightning_dualpipe.deepseek_v3.hf_plan import PlannedFile, export_plan
 from lightning_dualpipe.deepseek_v3.hf_stream import write_file
@@ -30,13 +30,11 @@ from lightning_dualpipe.errors import ConfigurationError
 
 __all__ = ["export", "export_checkpoint"]
 
-BYTES = "bytes"
-
 
 def export(args: Sequence[str]) -> None:
     """
     Raises:
-        CheckpointError: a directory that is no checkpoint, or not as it was written.
+        CheckpointError: a file or a directory that is no checkpoint, or not as it was written.
         ConfigurationError: what else ``export_checkpoint`` refuses.
     """
     asked = _parser().parse_args(args)
@@ -85,12 +83,12 @@ def export_checkpoint(
         The files that were written.
 
     Raises:
-        CheckpointError: a directory that is no checkpoint, or not as it was written.
+        CheckpointError: a file or a directory that is no checkpoint, or not as it was written.
         ConfigurationError: no checkpoint of ``DeepSeekV3``, a request that cannot work, or a directory that cannot be
             written. What was in it is as before.
     """
     if processes < 1:
-        raise ConfigurationError(f"processes={processes}: at least 1 is needed to write")
+        raise ConfigurationError(f"--processes {processes}: at least 1 is needed to write")
     checkpoint, directory = Path(checkpoint), Path(directory)
     trained = open_trained(checkpoint)
     config: DeepSeekV3Config = trained.module.config
@@ -137,7 +135,7 @@ def _tokenizer(
     """Token ids, and texts of files by name."""
     token_ids, files = dict(trained.module.hparams["token_ids"] or {}), trained.tokenizer_files
     if tokenizer is not None:
-        loaded = load_tokenizer(None if tokenizer == BYTES else tokenizer, eos_token=eos_token)
+        loaded = named_tokenizer(tokenizer, eos_token=eos_token)
         files = loaded.files
         token_ids = {
             "bos_token_id": loaded.bos,
@@ -147,7 +145,8 @@ def _tokenizer(
     elif eos_token is not None:
         raise ConfigurationError(f"--eos-token {eos_token!r} is for a tokenizer that --tokenizer names")
     vocabulary = trained.module.config.vocab_size
-    largest = largest_token_id(files["tokenizer.json"]) if "tokenizer.json" in files else -1
+    source = tokenizer or f"the tokenizer.json in {trained.path}"
+    largest = largest_token_id(files["tokenizer.json"], source) if "tokenizer.json" in files else -1
     if largest >= vocabulary:
         raise ConfigurationError(
             f"the tokenizer has ids up to {largest}, the model vocab_size={vocabulary}: give the tokenizer that the "

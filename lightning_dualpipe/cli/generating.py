@@ -6,6 +6,7 @@ lightning-dualpipe generate --checkpoint last.ckpt --prompt-file prompts.txt --t
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,9 +15,9 @@ from typing import Any
 
 import torch
 
+from lightning_dualpipe.cli.tokenizer import tokenizer_of
 from lightning_dualpipe.cli.trained import open_trained
-from lightning_dualpipe.data.tokenizers import Tokenizer, load_tokenizer
-from lightning_dualpipe.deepseek_v3.config import DeepSeekV3Config
+from lightning_dualpipe.data.tokenizers import Tokenizer
 from lightning_dualpipe.deepseek_v3.generation.decode import Generation
 from lightning_dualpipe.deepseek_v3.module import DeepSeekV3
 from lightning_dualpipe.errors import ConfigurationError
@@ -24,19 +25,22 @@ from lightning_dualpipe.errors import ConfigurationError
 __all__ = ["generate"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+_ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
+_ESCAPED = re.compile(r"\\([nt\\])")
 
 
 def generate(args: Sequence[str]) -> None:
     """
     Raises:
+        CheckpointError: a checkpoint that is not whole, or would run code.
         ConfigurationError: files that are missing or no model, or what ``DeepSeekV3.generate`` refuses.
         MissingPackageError: a tokenizer.json, and the package ``tokenizers`` is not there.
     """
     asked = _parser().parse_args(args)
     prompts = _prompts(asked)
     module = _module(asked)
-    tokenizer = _tokenizer(asked, module.config)
-    stops = [stop.encode().decode("unicode_escape").encode("latin-1").decode() for stop in asked.stop]
+    tokenizer = tokenizer_of(module, asked.model or asked.checkpoint, named=asked.tokenizer, eos_token=asked.eos_token)
+    stops = [_ESCAPED.sub(lambda found: _ESCAPES[found[1]], stop) for stop in asked.stop]
     stream = module.stream(
         [_ids(tokenizer, prompt, bos=asked.bos) for prompt in prompts],
         max_new_tokens=asked.max_new_tokens,
@@ -57,7 +61,7 @@ def generate(args: Sequence[str]) -> None:
     seconds = time.perf_counter() - began
     texts = [_text(tokenizer, tokens, stops) for tokens in stream.generation.tokens]
     if asked.json:
-        sys.stdout.write(_json(prompts, texts, stream.generation, seconds))
+        sys.stdout.write(_json(prompts, texts, stream.generation))
     elif asked.stream:
         _write_more(texts[0], written)
         sys.stdout.write("\n")
@@ -86,7 +90,11 @@ def _parser() -> argparse.ArgumentParser:
     text.add_argument("--prompt", action="append", help="the text to continue; again for more texts in one batch")
     text.add_argument("--prompt-file", type=Path, help="one text to continue, or with --lines one in each line")
     add("--lines", action="store_true", help="each line of --prompt-file is a prompt of its own")
-    add("--tokenizer", type=Path, help="tokenizer.json (default: the one beside --model, else bytes of UTF-8)")
+    add(
+        "--tokenizer",
+        metavar="FILE",
+        help="tokenizer.json, a folder with one, or 'bytes' (default: the one the model was trained with)",
+    )
     add("--eos-token", help="the token that ends a text, where the tokenizer's has an unusual name")
     add("--no-bos", dest="bos", action="store_false", help="do not begin with the token that begins a document")
     add("--max-new-tokens", type=int, default=128, help="of each text (default: %(default)s)")
@@ -95,7 +103,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-k", type=int, help="draw from so many of the likely tokens (default: all)")
     add("--seed", type=int, help="of what is drawn (default: another one each time)")
     add("--speculate", type=int, default=0, metavar="N", help="tokens to draft in each round (default: %(default)s)")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this, such as '\\n'; may be repeated")
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help=r"end before this; \n is a new line, \t a tab, \\ a backslash, all else itself; may be repeated",
+    )
     add("--ignore-eos", action="store_true", help="go on after the token that ends a text")
     add("--prefill-chunk", type=int, default=1024, help="tokens of a prompt read at a time (default: %(default)s)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
@@ -126,6 +140,10 @@ def _prompts(asked: argparse.Namespace) -> list[str]:
         raise ConfigurationError(
             f"--stream writes one text, and there are {len(prompts)} prompts: leave it out for them"
         )
+    for option, texts in (("--prompt", asked.prompt or []), ("--stop", asked.stop)):
+        for text in texts:
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise ConfigurationError(f"{option} {text!r} is not UTF-8: give text, or set the locale to a UTF-8 one")
     if not all(asked.stop):
         raise ConfigurationError("--stop '' would end every text at once; leave it out")
     return prompts
@@ -154,19 +172,6 @@ def _device(name: str) -> torch.device:
 
 
 # ---- texts and tokens -----------------------------------------------------------------------------
-
-
-def _tokenizer(asked: argparse.Namespace, config: DeepSeekV3Config) -> Tokenizer:
-    beside = asked.model / "tokenizer.json" if asked.model is not None else None
-    file = asked.tokenizer or (beside if beside is not None and beside.exists() else None)
-    tokenizer = load_tokenizer(file, eos_token=asked.eos_token)
-    if tokenizer.vocab_size > config.vocab_size:
-        name = "the bytes of UTF-8, the default without --tokenizer," if file is None else f"the tokenizer {file}"
-        raise ConfigurationError(
-            f"{name} have {tokenizer.vocab_size} ids, the model vocab_size={config.vocab_size}: give the "
-            "tokenizer that the model was trained with by --tokenizer"
-        )
-    return tokenizer
 
 
 def _ids(tokenizer: Tokenizer, text: str, *, bos: bool) -> list[int]:
@@ -208,7 +213,7 @@ def _write_more(text: str, written: str) -> str:
 # ---- what is told ---------------------------------------------------------------------------------
 
 
-def _json(prompts: Sequence[str], texts: Sequence[str], generation: Generation, seconds: float) -> str:
+def _json(prompts: Sequence[str], texts: Sequence[str], generation: Generation) -> str:
     lines: list[dict[str, Any]] = [
         {"prompt": prompt, "text": text, "tokens": tokens, "finish_reason": reason}
         for prompt, text, tokens, reason in zip(

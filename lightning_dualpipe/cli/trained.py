@@ -1,7 +1,5 @@
 """What a training left behind, opened for a command that needs its weights and nothing of its optimizer."""
 
-import pickle
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_dualpipe.checkpoint.directory import is_directory
+from lightning_dualpipe.checkpoint.single_file import UNREADABLE, not_whole
 from lightning_dualpipe.checkpoint.stored import Stored, StoredTensor, open_stored, read
 from lightning_dualpipe.deepseek_v3.module import DeepSeekV3
 from lightning_dualpipe.errors import ConfigurationError
@@ -46,7 +45,8 @@ class Trained:
         return found
 
     def filled(self) -> DeepSeekV3:
-        """The module with its weights, all of them in memory."""
+        """The module with its weights, all of them in memory, and its tokenizer."""
+        self.module.tokenizer_files = dict(self.tokenizer_files)
         self.module.configure_model()
         self.module.load_state_dict(dict(zip(self.weights, self.read(list(self.weights.values())), strict=True)))
         return self.module
@@ -56,7 +56,7 @@ def open_trained(path: Path) -> Trained:
     """Nothing in the checkpoint is run, and states of optimizers are not read.
 
     Raises:
-        CheckpointError: a directory that is no checkpoint, or not whole.
+        CheckpointError: a file or a directory that is no checkpoint, is not whole, or would run code.
         ConfigurationError: no checkpoint of ``DeepSeekV3``, or weights that are not those of its configuration.
     """
     stored, content = None, None
@@ -89,9 +89,8 @@ def _file(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise ConfigurationError(f"{path} does not exist") from None
-    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigurationError(f"{path} is not a whole checkpoint file: {reason}") from None
+    except UNREADABLE as error:
+        raise not_whole(path, error) from None
 
 
 def _problems(module: DeepSeekV3, weights: Mapping[str, Any]) -> list[str]:

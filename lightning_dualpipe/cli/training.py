@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -97,7 +98,11 @@ class TrainingCLI(LightningCLI):
         """``--ckpt_path newest:FOLDER`` goes on from what is there, if anything is: for runs that are started again."""
         path = str(kwargs.get("ckpt_path") or "")
         if path.startswith(_NEWEST):
-            kwargs["ckpt_path"] = newest_checkpoint(path.removeprefix(_NEWEST))
+            folder = path.removeprefix(_NEWEST)
+            kwargs["ckpt_path"] = newest_checkpoint(folder)
+            if kwargs["ckpt_path"] is None:  # as it should be once; or the name of the folder is misspelt
+                there = "" if Path(folder).is_dir() else ", which does not exist"
+                rank_zero.rank_zero_info(f"no checkpoint in {folder}{there}: beginning at step 0")
         self.trainer.fit(**kwargs)
 
     def predict(self, **kwargs: Any) -> None:

@@ -1,7 +1,7 @@
 """Tokenizers of the Hugging Face ``tokenizers`` package; the only file that imports it."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -23,18 +23,26 @@ BOS_NAMES = ("<s>", "<|begin_of_text|>", "<\uff5cbegin\u2581of\u2581sentence\uff
 class FileTokenizer:
     """A ``tokenizer.json``, whatever its kind (BPE, unigram, word piece)."""
 
-    def __init__(self, file: str | os.PathLike[str], *, eos_token: str | None = None) -> None:
+    def __init__(
+        self,
+        file: str | os.PathLike[str],
+        *,
+        eos_token: str | None = None,
+        eos_id: int | None = None,
+        files: Mapping[str, str] | None = None,
+    ) -> None:
+        """As ``load_tokenizer``."""
         path = Path(os.path.expanduser(file))
-        path = path / _FILE if path.is_dir() else path
-        content = _read(path)
+        path = path / _FILE if files is None and path.is_dir() else path
+        content = _read(path) if files is None else files[_FILE].encode()
         self._tokenizer = _parse(content, path)
-        self.files = _with_those_beside(path, content)
+        self.files = _with_those_beside(path, content) if files is None else dict(files)
         # what a file says about the length of inputs is for inference; a corpus is taken whole
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         vocabulary: dict[str, int] = self._tokenizer.get_vocab()
         self.vocab_size = max(vocabulary.values()) + 1
-        self.eos = _eos(vocabulary, eos_token, path)
+        self.eos = _eos(vocabulary, eos_token, eos_id, path)
         bos = next((vocabulary[name] for name in BOS_NAMES if name in vocabulary), None)
         self.bos = None if bos == self.eos else bos
         self.fingerprint = f"{sha256(content).hexdigest()}, bos {self.bos}, eos {self.eos}"
@@ -80,14 +88,16 @@ def _parse(content: bytes, path: Path) -> Any:
         ) from None
 
 
-def _eos(vocabulary: dict[str, int], eos_token: str | None, path: Path) -> int:
+def _eos(vocabulary: dict[str, int], eos_token: str | None, eos_id: int | None, path: Path) -> int:
     if eos_token is not None and eos_token not in vocabulary:
         raise ConfigurationError(f"eos_token={eos_token!r} is not in the vocabulary of tokenizer={str(path)!r}")
+    if eos_token is None and eos_id is not None and eos_id in vocabulary.values():
+        return eos_id
     names = EOS_NAMES if eos_token is None else (eos_token,)
     for name in names:
         if name in vocabulary:
             return vocabulary[name]
     raise ConfigurationError(
         f"tokenizer={str(path)!r} has none of the usual tokens that end a document ({' '.join(EOS_NAMES)}); "
-        "name one by eos_token=…"
+        "name one by eos_token=… (--eos-token)"
     )

@@ -93,20 +93,29 @@ class ByteTokenizer:
         return bytes(id for id in ids if id < NUM_BYTES).decode(errors="replace")
 
 
-def load_tokenizer(file: str | os.PathLike[str] | None = None, *, eos_token: str | None = None) -> Tokenizer:
+def load_tokenizer(
+    file: str | os.PathLike[str] | None = None,
+    *,
+    eos_token: str | None = None,
+    eos_id: int | None = None,
+    files: Mapping[str, str] | None = None,
+) -> Tokenizer:
     """Bytes, or a Hugging Face ``tokenizer.json`` (or a folder with one). An exported one of bytes is bytes again.
 
-    ``eos_token`` names the token that ends a document where its name is not one of the usual ones.
+    Args:
+        eos_token: names the token that ends a document where its name is not one of the usual ones.
+        eos_id: its id for the model, which counts where ``eos_token`` does not say.
+        files: text by name of what was read already, from a checkpoint for instance: ``file`` is where from.
 
     Raises:
         ConfigurationError: the file is missing or no tokenizer, or has no such token.
         MissingPackageError: a file is given and the package ``tokenizers`` is not installed.
     """
-    if file is None or (eos_token is None and _is_of_bytes(Path(os.path.expanduser(file)))):
+    if file is None or (eos_token is None and _is_of_bytes(Path(os.path.expanduser(file)), files)):
         return ByteTokenizer()
     from lightning_dualpipe.data.tokenizer_files import FileTokenizer
 
-    return FileTokenizer(file, eos_token=eos_token)
+    return FileTokenizer(file, eos_token=eos_token, eos_id=eos_id, files=files)
 
 
 _SPECIAL = {
@@ -153,10 +162,13 @@ def _byte_characters() -> list[str]:
     return [chr(byte if byte in printed else next(others)) for byte in range(NUM_BYTES)]
 
 
-def _is_of_bytes(path: Path) -> bool:
+def _is_of_bytes(path: Path, files: Mapping[str, str] | None) -> bool:
     """Whether this is what an export wrote of ``ByteTokenizer``: for that, nothing needs to be installed."""
     try:
-        found = json.loads((path / "tokenizer.json" if path.is_dir() else path).read_text(encoding="utf-8"))
-        return {**found, "post_processor": None} == _bytes_as_bpe()
+        if files is not None:
+            text = files["tokenizer.json"]
+        else:
+            text = (path / "tokenizer.json" if path.is_dir() else path).read_text(encoding="utf-8")
+        return {**json.loads(text), "post_processor": None} == _bytes_as_bpe()
     except (OSError, TypeError, ValueError):
         return False

@@ -18,6 +18,7 @@ from lightning_dualpipe.interface import TOKENIZER_FILES
 __all__ = ["CHAT_TEMPLATE", "largest_token_id", "read_tokenizer_files", "served_tokenizer_files"]
 
 TOKENIZER, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+_REMEDY = "copy it again from where it came"
 CHAT_TEMPLATE = """\
 {%- if bos_token %}{{ bos_token }}{% endif %}
 {%- for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n\\n' }}{% endfor %}
@@ -27,7 +28,11 @@ CHAT_TEMPLATE = """\
 
 
 def read_tokenizer_files(directory: Path) -> dict[str, str]:
-    """Text of the tokenizer files in ``directory`` by name; none if there is no ``tokenizer.json``."""
+    """Text of the tokenizer files in ``directory`` by name; none if there is no ``tokenizer.json``.
+
+    Raises:
+        ConfigurationError: one cannot be read, or is not what its name says.
+    """
     if not (directory / TOKENIZER).is_file():
         return {}
     found = {}
@@ -37,9 +42,10 @@ def read_tokenizer_files(directory: Path) -> dict[str, str]:
         except FileNotFoundError:
             continue
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigurationError(
-                f"{directory / name} cannot be read ({error}); copy it again from where it came"
-            ) from None
+            raise ConfigurationError(f"{directory / name} cannot be read ({error}); {_REMEDY}") from None
+        if name.endswith(".json"):
+            _object(found[name], directory / name)
+    largest_token_id(found[TOKENIZER], directory / TOKENIZER)
     return found
 
 
@@ -55,8 +61,8 @@ def served_tokenizer_files(
     """
     if TOKENIZER not in files or SETTINGS in files:
         return dict(files)
-    tokenizer = json.loads(files[TOKENIZER])
-    names = {id: name for name, id in _vocabulary(tokenizer).items()}
+    tokenizer = _object(files[TOKENIZER], TOKENIZER)
+    names = {id: name for name, id in _vocabulary(tokenizer, TOKENIZER).items()}
     special = {
         name.removesuffix("_id"): names[id]
         for name, given in token_ids.items()
@@ -79,15 +85,38 @@ def served_tokenizer_files(
     }
 
 
-def largest_token_id(tokenizer_json: str) -> int:
-    return max(_vocabulary(json.loads(tokenizer_json)).values(), default=-1)
+def largest_token_id(tokenizer_json: str, source: str | Path = TOKENIZER) -> int:
+    """Of the text of a ``tokenizer.json``, which is in ``source``.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    return max(_vocabulary(_object(tokenizer_json, source), source).values())
 
 
-def _vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, int]:
+def _object(text: str, source: str | Path) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ConfigurationError(f"{source} is no JSON ({error}); {_REMEDY}") from None
+    if not isinstance(found, dict):
+        raise ConfigurationError(f"{source} is no JSON object; {_REMEDY}")
+    return found
+
+
+def _vocabulary(tokenizer: Mapping[str, Any], source: str | Path) -> dict[str, int]:
     """All tokens, of a vocabulary that has their ids or (unigrams) their order only."""
-    held = tokenizer["model"].get("vocab") or {}
-    found = dict(held) if isinstance(held, dict) else {piece: id for id, (piece, _) in enumerate(held)}
-    return found | {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}
+    try:
+        held = tokenizer["model"]["vocab"] or {}
+        found = dict(held) if isinstance(held, dict) else {piece: id for id, (piece, _) in enumerate(held)}
+        found |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        found = {}
+    if not found or not all(isinstance(id, int) and id >= 0 for id in found.values()):
+        raise ConfigurationError(
+            f"{source} is no tokenizer of Hugging Face's tokenizers package: it has no vocabulary with ids; {_REMEDY}"
+        )
+    return found
 
 
 def _in_front(bos: str, token_ids: Mapping[str, Any]) -> dict[str, Any]:

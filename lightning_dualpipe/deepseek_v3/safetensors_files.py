@@ -331,7 +331,8 @@ def _check_target(directory: Path, *, overwrite: bool) -> None:
     there = [directory / CONFIG, *_model_files(directory)]
     if not overwrite and any(path.exists() for path in there):
         raise ConfigurationError(
-            f"{directory} already holds a model; choose another directory, or pass overwrite=True to replace it"
+            f"{directory} already holds a model; choose another directory, or replace it by --overwrite "
+            "(overwrite=True)"
         )
 
 
@@ -347,6 +348,7 @@ def size_in_bytes(size: int | str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(size).strip())
     if match is None or match[2].upper() not in units or float(match[1]) <= 0:
         raise ConfigurationError(
-            f"max_shard_size={size!r} is no size; give bytes as a number, or text such as '5GB' or '512MiB'"
+            f"--shard-size {size} (max_shard_size={size!r}) is no size; give bytes as a number, or text such as '5GB' "
+            "or '512MiB'"
         )
     return int(float(match[1]) * units[match[2].upper()])

@@ -65,6 +65,20 @@ def test_beginning_anew_beside_damaged_checkpoints_is_somebodys_decision(folder:
         newest_checkpoint(here)
 
 
+def test_an_imported_model_is_a_beginning_and_no_way_on(folder: Path, tmp_path: Path) -> None:
+    torch.save({"global_step": 0, "state_dict": {}}, tmp_path / "base.ckpt")
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "base.ckpt")
+    here = copy(folder, tmp_path / "here")
+    (tmp_path / "base.ckpt").rename(here / "base.ckpt")
+    (here / "version_1/checkpoints/step=10.ckpt/state.pt").unlink()
+    with pytest.warns(UserWarning, match="skipped: "):
+        assert newest_checkpoint(here) == str(here / "version_0/checkpoints/step=9.ckpt")
+    (here / "version_0/checkpoints/step=9.ckpt/state.pt").unlink()
+    words = r"is intact but .*base\.ckpt, which is a beginning; move these away .*:(\n  - .*state\.pt is missing.*){2}$"
+    with pytest.raises(CheckpointError, match=words):
+        newest_checkpoint(here)
+
+
 def test_without_reading_tensors_only_the_rest_is_checked(folder: Path, tmp_path: Path) -> None:
     here = copy(folder, tmp_path / "here")
     newest = here / "version_1/checkpoints/step=10.ckpt"

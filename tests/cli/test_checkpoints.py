@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.utilities import rank_zero
 
 from lightning_dualpipe.cli import main
 from lightning_dualpipe.cli.training import TrainingCLI
@@ -68,10 +69,18 @@ def test_a_file_that_cannot_be_written_leaves_nothing(directory: Path, capsys: p
     assert "/proc/one.ckpt cannot be written" in capsys.readouterr().err
 
 
-def test_fit_goes_on_from_the_newest_or_begins(directory: Path, tmp_path: Path) -> None:
+def test_fit_goes_on_from_the_newest_or_begins_and_says_so(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(rank_zero, "rank_zero_info", said.append)
     asked: list[object] = []
     cli = TrainingCLI.__new__(TrainingCLI)  # what it does once the Trainer is there
     cli.trainer = SimpleNamespace(fit=lambda **options: asked.append(options["ckpt_path"]))  # type: ignore[assignment]
-    for path in (f"newest:{directory.parent}", f"newest:{tmp_path}", "some.ckpt", None):
+    for path in (f"newest:{directory.parent}", f"newest:{tmp_path}", f"newest:{tmp_path}/typo", "some.ckpt", None):
         cli.fit(ckpt_path=path)
-    assert asked == [str(directory), None, "some.ckpt", None]
+    assert asked == [str(directory), None, None, "some.ckpt", None]
+    assert said == [
+        f"no checkpoint in {tmp_path}: beginning at step 0",
+        f"no checkpoint in {tmp_path}/typo, which does not exist: beginning at step 0",
+    ]

@@ -319,12 +319,22 @@ BAD: dict[str, tuple[Callable[..., list[str]], str]] = {
         ],
         "model.layers.0.mlp.down_proj.weight holds nan in row 0",
     ),
-    "a model is there": (with_model, "out already holds a model"),
+    "a model is there": (
+        with_model,
+        "out already holds a model; choose another directory, or replace it by --overwrite",
+    ),
     "a file is there": (a_file, "out is a file, an export needs a directory"),
     "nobody may write": (with_file("/proc/out"), "/proc/out cannot be written"),
-    "no processes": (with_file("--processes", "0"), "processes=0: at least 1 is needed"),
-    "no size": (with_file("--shard-size", "5 parsecs"), "max_shard_size='5 parsecs' is no size"),
+    "no processes": (with_file("--processes", "0"), "--processes 0: at least 1 is needed"),
+    "no size": (
+        with_file("--shard-size", "5 parsecs"),
+        "--shard-size 5 parsecs (max_shard_size='5 parsecs') is no size",
+    ),
     "no tokenizer": (with_file("--tokenizer", "elsewhere.json"), "elsewhere.json' cannot be read"),
+    "a broken tokenizer in it": (
+        changed(lambda c: c.update(tokenizer_files={"tokenizer.json": "{}"})),
+        "the tokenizer.json in changed.ckpt is no tokenizer of Hugging Face's",
+    ),
     "a larger tokenizer": (larger_tokenizer, "the tokenizer has ids up to"),
     "eos of no tokenizer": (with_file("--eos-token", "<x>"), "--eos-token '<x>' is for a tokenizer that --tokenizer"),
 }
@@ -384,7 +394,7 @@ def test_a_checkpoint_runs_nothing(tmp_path: Path) -> None:
             return (tmp_path.joinpath("ran").touch, ())
 
     torch.save({"state_dict": {}, "hyper_parameters": Evil()}, tmp_path / "evil.ckpt")
-    with pytest.raises(ConfigurationError, match="not a whole checkpoint file"):
+    with pytest.raises(CheckpointError, match=r"evil\.ckpt would run code when it is loaded: it asks for getattr"):
         export_checkpoint(tmp_path / "evil.ckpt", tmp_path / "out")
     assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
 

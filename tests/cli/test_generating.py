@@ -1,6 +1,7 @@
 """``lightning-dualpipe generate`` from the command line."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 
 from lightning_dualpipe import DeepSeekV3
-from lightning_dualpipe.cli import main
+from lightning_dualpipe.cli import generating, main
 from lightning_dualpipe.cli.generating import _text
-from lightning_dualpipe.data.tokenizers import BYTE_BOS, ByteTokenizer
+from lightning_dualpipe.data.tokenizers import BYTE_BOS, ByteTokenizer, load_tokenizer
+from tests.data.test_tokenizers import trained_file
 from tests.deepseek_v3.generation.models import greedy_by_full_forwards
 from tests.deepseek_v3.small import randomize
 from tests.marks import needs
@@ -40,7 +42,10 @@ def exported(module: DeepSeekV3, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def checkpoint(module: DeepSeekV3, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("checkpoint") / "last.ckpt"
+    return saved(module, tmp_path_factory.mktemp("checkpoint") / "last.ckpt")
+
+
+def saved(module: DeepSeekV3, path: Path) -> Path:
     trainer = L.Trainer(accelerator="cpu", devices=1, **QUIET)
     trainer.strategy.connect(module)
     trainer.save_checkpoint(path, weights_only=True)
@@ -115,6 +120,28 @@ def test_a_text_ends_before_a_stop_of_several_tokens(
     assert out == ("" if stream else PROMPT) + text[: text.index(stop)] + "\n"
 
 
+@pytest.mark.parametrize(
+    ("stop", "means"),
+    [
+        ("€", "€"),
+        ("é", "é"),
+        ("\\", "\\"),
+        (r"a\\n", "a\\n"),
+        (r"\n\t", "\n\t"),
+        (r"\u20ac", r"\u20ac"),
+        (r"\xe9", r"\xe9"),
+    ],
+)
+def test_a_stop_is_text_and_has_three_escapes(
+    stop: str, means: str, exported: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    asked: list[Sequence[str]] = []
+    end_of_text = generating._end_of_text
+    monkeypatch.setattr(generating, "_end_of_text", lambda *args: asked.append(args[1]) or end_of_text(*args))
+    said(capsys, "--model", exported, "--prompt", PROMPT, "--max-new-tokens", 2, "--stop", stop)
+    assert asked == [[means]]
+
+
 def test_halves_of_characters_and_of_stops_are_held_back() -> None:
     tokenizer = ByteTokenizer()
     euro = list("a€".encode())
@@ -146,6 +173,40 @@ def test_the_tokenizer_beside_the_model_is_taken(
     assert line["text"] == tokenizer.decode(line["tokens"])
 
 
+@needs("tokenizers")
+@pytest.mark.parametrize("special", [["<s>", "</s>"], ["<s>", "[STOP]"], ["<s>"]])
+def test_a_checkpoint_is_asked_in_the_ids_of_its_training(
+    special: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the exported model is; a model of pairs of bytes continues bytes without complaint, and wrongly."""
+    tokenizer = load_tokenizer(trained_file(tmp_path / "own.json", special), eos_token=special[-1])
+    shape: Any = {**SHAPE, "num_hidden_layers": 1, "num_nextn_predict_layers": 0, "vocab_size": tokenizer.vocab_size}
+    module = DeepSeekV3("tiny", shape, token_ids={"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos})
+    module.configure_model()
+    randomize(module.model)
+    module.float().tokenizer_files = dict(tokenizer.files)
+    module.save_pretrained(tmp_path / "served", dtype="float32")
+    path = saved(module, tmp_path / "last.ckpt")
+    ids = tokenizer.encode([PROMPT])[0].tolist()
+    assert (ids != list(PROMPT.encode())) and (tokenizer.bos is None) == (special == ["<s>"])
+    expected = greedy_by_full_forwards(module.model, [*([tokenizer.bos] if len(special) > 1 else []), *ids], 6)
+    options = ["--prompt", PROMPT, "--max-new-tokens", 6, "--ignore-eos", "--json"]
+    lines = [said(capsys, *source, *options) for source in (("--checkpoint", path), ("--model", tmp_path / "served"))]
+    assert lines[0] == lines[1]
+    assert json.loads(lines[0])["tokens"] == expected and json.loads(lines[0])["text"] == tokenizer.decode(expected)
+    of_bytes = json.loads(said(capsys, "--checkpoint", path, "--tokenizer", "bytes", *options))
+    assert of_bytes["tokens"] == greedy_by_full_forwards(module.model, [BYTE_BOS, *PROMPT.encode()], 6)
+
+    module.tokenizer_files = {}
+    module.save_pretrained(tmp_path / "unknown", dtype="float32")
+    saved(module, tmp_path / "unknown.ckpt")
+    for source in (("--checkpoint", tmp_path / "unknown.ckpt"), ("--model", tmp_path / "unknown")):
+        assert f"{source[1]} does not say which tokenizer it was trained with: give it by --tokenizer" in refused(
+            capsys, *source, *options
+        )
+        assert said(capsys, *source, *options, "--tokenizer", tmp_path / "own.json", "--eos-token", special[-1])
+
+
 # ---- what is refused ------------------------------------------------------------------------------
 
 
@@ -168,8 +229,13 @@ def test_wrong_files_are_named(
     latin.write_bytes("é".encode("latin-1"))
     assert f"{missing} does not exist: give a local directory" in refused(capsys, "--model", missing, *prompt)
     assert f"{missing} does not exist" in refused(capsys, "--checkpoint", missing, *prompt)
-    for path in (empty, cut, exported / "config.json"):
-        assert f"{path} is not a whole checkpoint file" in refused(capsys, "--checkpoint", path, *prompt)
+    for path, reason in (
+        (empty, "it is empty"),
+        (cut, "RuntimeError: PytorchStreamReader failed"),
+        (exported / "config.json", "it is no archive of torch.save"),
+    ):
+        error = refused(capsys, "--checkpoint", path, *prompt)
+        assert f"{path} is no whole Lightning checkpoint: {reason}" in error
     assert "is a Hugging Face directory of safetensors, not a checkpoint" in refused(
         capsys, "--checkpoint", exported, *prompt
     )
@@ -186,7 +252,9 @@ def test_a_checkpoint_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
             return (tmp_path.joinpath("ran").touch, ())
 
     torch.save({"state_dict": {}, "hyper_parameters": Evil()}, tmp_path / "evil.ckpt")
-    assert "not a whole checkpoint file" in refused(capsys, "--checkpoint", tmp_path / "evil.ckpt", "--prompt", "x")
+    error = refused(capsys, "--checkpoint", tmp_path / "evil.ckpt", "--prompt", "x")
+    assert "evil.ckpt would run code when it is loaded: it asks for getattr" in error
+    assert "\x1b" not in error and "can still be loaded" not in error
     assert not (tmp_path / "ran").exists()
 
 
@@ -206,6 +274,8 @@ def test_wrong_requests_are_explained(exported: Path, tmp_path: Path, capsys: py
         ("--prompt", "x", "--lines"): "--lines has no effect without --prompt-file",
         ("--prompt", "x", "--prompt", "y", "--stream"): "--stream writes one text, and there are 2 prompts",
         ("--prompt", "x", "--stop", ""): "--stop '' would end every text at once",
+        ("--prompt", "x", "--stop", "\udce9"): "--stop '\\udce9' is not UTF-8",
+        ("--prompt", "\udce9"): "--prompt '\\udce9' is not UTF-8",
         ("--prompt", "x", "--temperature", -1): "temperature=-1.0 must be 0",
         ("--prompt", "x", "--top-p", 0.5): "have no effect at temperature=0",
         ("--prompt", "x", "--max-new-tokens", 100000): "exceeds max_position_embeddings=4096",
@@ -216,4 +286,5 @@ def test_wrong_requests_are_explained(exported: Path, tmp_path: Path, capsys: py
     small = tmp_path / "small"
     shape: Any = {**SHAPE, "num_hidden_layers": 1, "vocab_size": 200, "num_nextn_predict_layers": 0}
     DeepSeekV3("tiny", shape).save_pretrained(small)
-    assert "have 264 ids, the model vocab_size=200" in refused(capsys, "--model", small, "--prompt", "x")
+    error = refused(capsys, "--model", small, "--prompt", "x", "--tokenizer", "bytes")
+    assert "the tokenizer bytes has 264 ids, the model vocab_size=200" in error

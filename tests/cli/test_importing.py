@@ -158,6 +158,10 @@ def edited(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[P
     return edit
 
 
+def written(name: str, text: str) -> Callable[[Path], object]:
+    return lambda directory: (directory / name).write_text(text)
+
+
 def first_shard(directory: Path) -> Path:
     return min(directory.glob("model-*.safetensors"))
 
@@ -182,6 +186,14 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         "a Git LFS pointer",
     ),
     "no tokenizer file": (lambda path: (path / "tokenizer.json").write_bytes(b"\xff"), "tokenizer.json cannot be read"),
+    "a tokenizer that is no JSON": (written("tokenizer.json", "{nope"), "hf/tokenizer.json is no JSON ("),
+    "a tokenizer that is a list": (written("tokenizer.json", "[]"), "hf/tokenizer.json is no JSON object"),
+    "a tokenizer of nothing": (written("tokenizer.json", "{}"), "hf/tokenizer.json is no tokenizer of Hugging Face's"),
+    "a vocabulary of text": (
+        written("tokenizer.json", '{"model": {"vocab": {"a": "b"}}}'),
+        "hf/tokenizer.json is no tokenizer of Hugging Face's",
+    ),
+    "settings that are no JSON": (written("tokenizer_config.json", ""), "hf/tokenizer_config.json is no JSON ("),
 }
 
 
