@@ -27,7 +27,7 @@ from lightning_dualpipe.errors import ConfigurationError
 
 __all__ = ["TrainingCLI", "train"]
 
-_NEWEST = "newest:"
+_NEWEST = {"newest:": True, "newest-quick:": False}  # whether every byte is read
 
 
 def train(args: Sequence[str] | None = None) -> None:
@@ -95,14 +95,18 @@ class TrainingCLI(LightningCLI):
             raise _refusal(error) or error from None
 
     def fit(self, **kwargs: Any) -> None:
-        """``--ckpt_path newest:FOLDER`` goes on from what is there, if anything is: for runs that are started again."""
+        """``--ckpt_path newest:FOLDER`` goes on from what is there, if anything is: for runs that are started again.
+
+        ``newest-quick:FOLDER`` leaves tensors to be checked when they are loaded.
+        """
         path = str(kwargs.get("ckpt_path") or "")
-        if path.startswith(_NEWEST):
-            folder = path.removeprefix(_NEWEST)
-            kwargs["ckpt_path"] = newest_checkpoint(folder)
-            if kwargs["ckpt_path"] is None:  # as it should be once; or the name of the folder is misspelt
-                there = "" if Path(folder).is_dir() else ", which does not exist"
-                rank_zero.rank_zero_info(f"no checkpoint in {folder}{there}: beginning at step 0")
+        for prefix, thorough in _NEWEST.items():
+            if path.startswith(prefix):
+                folder = path.removeprefix(prefix)
+                kwargs["ckpt_path"] = newest_checkpoint(folder, thorough=thorough)
+                if kwargs["ckpt_path"] is None:  # as it should be once; or the name of the folder is misspelt
+                    there = "" if Path(folder).is_dir() else ", which does not exist"
+                    rank_zero.rank_zero_info(f"no checkpoint in {folder}{there}: beginning at step 0")
         self.trainer.fit(**kwargs)
 
     def predict(self, **kwargs: Any) -> None:

@@ -29,12 +29,13 @@ class Progress:
 
     Args:
         device: what the rank computes on.
+        overhead: bytes between two calls that this process moves for those who ask.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, overhead: int = 0) -> None:
         self.others: Collection[int] = ()
         """Processes that are ranks themselves: the main process of a node is the parent of the others."""
-        self._device = device
+        self._device, self._overhead = device, overhead
         self._probe: torch.cuda.Event | None = None
         self._may_ask = device.type != "cuda"
         self._when, self._used = time.monotonic(), dict[int, tuple[float, int]]()
@@ -44,7 +45,7 @@ class Progress:
         queue_moves = self._queue_moves()
         now, used = time.monotonic(), self._used_by_each()
         busy = sum(_grown(self._used, used, 0)) > _BUSY * (now - self._when)
-        moved = sum(_grown(self._used, used, 1)) > _MOVED
+        moved = sum(_grown(self._used, used, 1)) > _MOVED + self._overhead
         self._when, self._used = now, used
         return queue_moves and (busy or moved or is_writing())
 

@@ -5,9 +5,13 @@ then waits a moment for the words of the rest, and adds to its error what it has
 
     rank 2 has left an error        that is the cause
     ranks 2 and 3 say nothing       they are lost: killed, or their host is down or cut off
+    the store refuses               its process has ended, that of rank 0 or torchrun's agent
     the store does not answer       this host is cut off from that of rank 0, or that one is down
 
-It talks to the store over a connection of its own, in a thread of its own: an answer that never comes leaves
+Without torchrun that store ends with rank 0, whose word nobody would read: others notice when it is gone. So there the
+first rank of another host has a second one, and whatever is said is said in both.
+
+It talks to a store over a connection of its own, in a thread of its own: an answer that never comes leaves
 torch's store waiting until the kernel gives the connection up, a quarter of an hour later.
 """
 
@@ -15,8 +19,11 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from uuid import uuid4
 
 import torch.distributed as dist
@@ -32,11 +39,20 @@ _POLL_SECONDS = 0.05
 _ALSO_LOST = "lost"
 
 
+@dataclass
+class _Heard:
+    """In one of the stores. ``words`` by rank; None if it does not answer."""
+
+    words: dict[int, str] | None = None
+    refused: bool = False
+
+
 class RollCall:
     """Of the ranks of one attempt to train."""
 
-    def __init__(self, rank: int, hosts: Sequence[str], name: str) -> None:
-        self._rank, self._hosts, self._name = rank, hosts, name
+    def __init__(self, rank: int, hosts: Sequence[str], name: str, second: tuple[str, int] | None = None) -> None:
+        self._rank, self._hosts, self._name, self._second = rank, hosts, name, second
+        self._kept: dist.TCPStore | None = None
 
     @classmethod
     def arrange(cls, rank: int, world: int) -> "RollCall | None":
@@ -44,53 +60,87 @@ class RollCall:
         places: list[tuple[str, str]] = [("", "")] * world
         dist.all_gather_object(places, (socket.gethostname(), uuid4().hex))
         hosts = [host for host, _ in places]
-        return cls(rank, hosts, f"lightning_dualpipe/{places[0][1]}") if len(set(hosts)) > 1 else None
+        if len(set(hosts)) == 1:
+            return None
+        call = cls(rank, hosts, f"lightning_dualpipe/{places[0][1]}")
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            call._open_a_second_store(next(other for other in range(world) if hosts[other] != hosts[0]))
+        return call
+
+    def _open_a_second_store(self, keeper: int) -> None:
+        """In the process of ``keeper``, at the address that reaches rank 0 from there. All ranks together."""
+        if self._rank == keeper:
+            with suppress(OSError, RuntimeError), socket.create_connection(_first_store(), _CONNECT_SECONDS) as met:
+                address = met.getsockname()[0]
+                self._kept = dist.TCPStore(address, 0, None, True, wait_for_workers=False)
+                self._second = (address, self._kept.port)
+        told: list[tuple[str, int] | None] = [self._second]
+        dist.broadcast_object_list(told, src=keeper)
+        self._second = told[0]
 
     def report(self, error: BaseException) -> None:
         """Leave a word for the others; to the error of a lost connection, add who is lost. Never raises."""
         lost = lost_a_peer(error)
-        words: dict[int, str] | None = None
-
-        def talk() -> None:
-            nonlocal words
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            socket.create_connection((address, port), _CONNECT_SECONDS).close()  # torch would fill a page with this
-            store = dist.TCPStore(
-                address, port, None, False, timedelta(seconds=_CONNECT_SECONDS), wait_for_workers=False
-            )
-            store.set(self._key(self._rank), _ALSO_LOST if lost else f"{type(error).__name__}: {error}")
-            words = {}
-            end = time.monotonic() + _LISTEN_SECONDS
-            while lost and len(words) < len(self._hosts) and time.monotonic() < end:
-                for rank in set(range(len(self._hosts))) - words.keys():
-                    if store.check([self._key(rank)]):
-                        words[rank] = store.get(self._key(rank)).decode()
-                time.sleep(_POLL_SECONDS)
-
-        _within(2 * _CONNECT_SECONDS + _LISTEN_SECONDS if lost else _SPEAK_SECONDS, talk)
+        word = _ALSO_LOST if lost else f"{type(error).__name__}: {error}"
+        stores = [None, self._second] if self._second else [None]
+        heard = [_Heard() for _ in stores]
+        _within(
+            2 * _CONNECT_SECONDS + _LISTEN_SECONDS if lost else _SPEAK_SECONDS,
+            [partial(self._talk, store, word, into) for store, into in zip(stores, heard, strict=True)],
+        )
         if lost:
-            error.add_note(what_is_known(self._rank, self._hosts, words))
+            answers = [each.words for each in heard if each.words is not None]
+            words = {rank: said for each in answers for rank, said in each.items()} if answers else None
+            error.add_note(what_is_known(self._rank, self._hosts, words, refused=heard[0].refused))
+
+    def _talk(self, place: tuple[str, int] | None, word: str, heard: "_Heard") -> None:
+        """In the store that is there; None: where all ranks met."""
+        address, port = place or _first_store()
+        try:
+            socket.create_connection((address, port), _CONNECT_SECONDS).close()  # torch would fill a page with this
+        except ConnectionRefusedError:
+            heard.refused = True
+            return
+        store = dist.TCPStore(address, port, None, False, timedelta(seconds=_CONNECT_SECONDS), wait_for_workers=False)
+        store.set(self._key(self._rank), word)
+        words = heard.words = {}
+        end = time.monotonic() + _LISTEN_SECONDS
+        while word == _ALSO_LOST and len(words) < len(self._hosts) and time.monotonic() < end:
+            for rank in set(range(len(self._hosts))) - words.keys():
+                if store.check([self._key(rank)]):
+                    words[rank] = store.get(self._key(rank)).decode()
+            time.sleep(_POLL_SECONDS)
 
     def _key(self, rank: int) -> str:
         return f"{self._name}/{rank}"
 
 
-def what_is_known(rank: int, hosts: Sequence[str], words: dict[int, str] | None) -> str:
+def what_is_known(rank: int, hosts: Sequence[str], words: dict[int, str] | None, *, refused: bool = False) -> str:
     """For people.
 
     Args:
         rank: who says it.
         hosts: by rank.
-        words: by rank what those have left that came to say something; None if the store does not answer.
+        words: by rank what those have left that came to say something; None if no store answers.
+        refused: the host of rank 0 answers, but nobody has that store any more.
     """
     begin = f"rank {rank} on {hosts[rank]} has lost its connection to another rank: "
+    if words is None and refused:
+        return (
+            f"{begin}{hosts[0]}, the host of rank 0, answers, but the process by which ranks met has ended, which is "
+            "rank 0 or torchrun's agent; the output there tells"
+        )
     if words is None:
         return (
             f"{begin}{hosts[0]}, the host of rank 0, does not answer; it is down, or {hosts[rank]} is cut off from it"
         )
     causes = [f"rank {other} on {hosts[other]} failed: {word}" for other, word in words.items() if word != _ALSO_LOST]
+    missing = set(range(len(hosts))) - words.keys() - {rank}
+    if refused and 0 in missing:
+        causes.append(f"rank 0 has ended without a word, and its host, {hosts[0]}, answers; the output there tells")
+        missing = {other for other in missing if hosts[other] != hosts[0]}  # they end with it
     silent: dict[str, list[int]] = {}
-    for other in sorted(set(range(len(hosts))) - words.keys() - {rank}):
+    for other in sorted(missing):
         silent.setdefault(hosts[other], []).append(other)
     causes += [_of_the_silent(host, ranks, hosts) for host, ranks in silent.items()]
     return begin + ("; ".join(causes) or "all ranks have, so a link between them was interrupted, or all wait in vain")
@@ -103,13 +153,20 @@ def _of_the_silent(host: str, ranks: list[int], hosts: Sequence[str]) -> str:
     return f"no word from {who} on {host}, killed or in a hang; the output there may tell"
 
 
-def _within(seconds: float, talk: Callable[[], None]) -> None:
-    def quietly() -> None:
-        try:
-            talk()
-        except Exception:  # whoever is to hear of it is gone too
-            return
+def _first_store() -> tuple[str, int]:
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
-    thread = threading.Thread(target=quietly, daemon=True, name="roll-call")
-    thread.start()
-    thread.join(seconds)
+
+def _within(seconds: float, talks: Iterable[Callable[[], None]]) -> None:
+    """At the same time."""
+    threads = [threading.Thread(target=_quietly, args=(talk,), daemon=True, name="roll-call") for talk in talks]
+    end = time.monotonic() + seconds
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, end - time.monotonic()))
+
+
+def _quietly(talk: Callable[[], None]) -> None:
+    with suppress(Exception):  # whoever is to hear of it is gone too
+        talk()

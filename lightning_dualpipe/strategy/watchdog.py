@@ -45,6 +45,7 @@ _SILENT = 0.4  # of the timeout without a beat; ranks begin to read at half of i
 _PARTING_SECONDS = 1.0  # for what was written, and for the others to come to their verdict
 _FREED_SECONDS = 15.0  # for a main process to fail on its own when its ranks are gone
 _SHOWN = 8  # ranks, by name
+_POST_BYTES = 1024  # at most, and each rank reads those of all; the store's process sends them
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,9 @@ class Watchdog:
         self._pause = min(timeout / _LOOKS, _SLOWEST_LOOK)
         self._watched = threading.get_ident()
         self._watched_thread = threading.current_thread()
-        self._progress, self._neighbours = Progress(device), Neighbours()
+        has_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        self._progress = Progress(device, overhead=_POST_BYTES * world**2 * has_store)
+        self._neighbours = Neighbours()
         self._busy: tuple[int, ...] = ()
         self._looked = self._moved = time.monotonic()
         self._told_of_trouble = False

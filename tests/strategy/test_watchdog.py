@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import torch.distributed as dist
 
 from lightning_dualpipe import ConfigurationError, DualPipeStrategy
 from lightning_dualpipe.checkpoint.writing import is_writing, writing
-from lightning_dualpipe.strategy.progress import Progress
+from lightning_dualpipe.strategy.progress import _MOVED, Progress, _bytes_of
 from lightning_dualpipe.strategy.watchdog import Post, Watchdog, verdict
 from tests.checkpoint.damage import write
 from tests.marks import needs_patience
@@ -270,21 +271,46 @@ def test_a_device_that_cannot_be_asked_counts_as_moving(monkeypatch):
     assert progress._queue_moves() and progress._queue_moves()
 
 
+def test_what_the_store_sends_to_ranks_that_are_stuck_is_no_work():
+    """With 16 ranks that read each other's posts it is more than what counts as work."""
+    with dist_of_one():
+        watchdog = Watchdog(SHORT, rank=0, world=16, device=torch.device("cpu"))
+        store = dist.distributed_c10d._get_default_store().clone()
+        keys = [str(rank) for rank in range(16)]
+        for key in keys:
+            store.set(key, "x" * 512)
+        watchdog._progress.made()
+        time.sleep(0.4)
+        assert not watchdog._progress.made()
+        moved = _bytes_of(os.getpid())
+        for _ in keys:
+            store.multi_get(keys)
+        assert _bytes_of(os.getpid()) - moved > _MOVED
+        watchdog._progress._when -= 60  # whatever that took of the processor
+        assert not watchdog._progress.made()
+
+
+@contextmanager
+def dist_of_one() -> Iterator[None]:
+    dist.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 def test_a_watchdog_that_cannot_look_says_so_once_and_goes_on_posting(monkeypatch, capfd):
     def fail(_: Progress) -> bool:
         raise OSError("no /proc here")
 
     monkeypatch.setattr(Progress, "made", fail)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
+    with dist_of_one():
         watchdog = Watchdog(1.0, rank=0, world=1, device=torch.device("cpu"))
         watchdog.start()
         time.sleep(0.8)
         assert watchdog._thread.is_alive()
         assert watchdog._board.posts[0].beat > 3 and not watchdog._board.posts[0].stuck
         watchdog.stop()
-    finally:
-        dist.destroy_process_group()
     assert capfd.readouterr().err.count("cannot see whether it is at work") == 1
 
 
