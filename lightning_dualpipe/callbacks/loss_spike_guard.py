@@ -7,17 +7,17 @@ noise) do not follow a single outlier, as mean and standard deviation would. A s
 """
 
 from collections import deque
+from functools import reduce
 from statistics import median
 from typing import Any
 
-import torch.distributed as dist
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_dualpipe.callbacks.step_guard import Action, StepGuard
-from lightning_dualpipe.interface import ReplicaAware
+from lightning_dualpipe.callbacks.step_guard import Action, StepGuard, over_ranks
 
 __all__ = ["LossSpikeGuard", "spike_limit"]
 
@@ -67,7 +67,7 @@ class LossSpikeGuard(StepGuard):
     ) -> str | None:
         if not losses:
             return None
-        loss = _mean_over_ranks(trainer, sum(loss for _, loss in losses))
+        loss = float(over_ranks(trainer, reduce(torch.add, (loss for _, loss in losses)), "mean"))
         known = self._window
         limit = spike_limit(known, self._threshold, self._min_rise) if len(known) == known.maxlen else float("inf")
         if loss <= limit and loss != float("inf"):  # NaN is not
@@ -93,10 +93,3 @@ def spike_limit(losses: "deque[float] | list[float]", threshold: float, min_rise
     middle = median(losses)
     noise = _MAD_OF_NORMAL * median(abs(loss - middle) for loss in losses)
     return middle + max(threshold * noise, min_rise)
-
-
-def _mean_over_ranks(trainer: Trainer, loss: Any) -> float:
-    if not isinstance(trainer.strategy, ReplicaAware):  # there the loss is that of the global batch
-        world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-        loss = trainer.strategy.reduce(loss, group=world, reduce_op="mean")
-    return float(loss)

@@ -1,14 +1,13 @@
 """No NaN and no infinity gets into the weights."""
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_dualpipe.callbacks.nonfinite_report import find_nonfinite
-from lightning_dualpipe.callbacks.step_guard import Action, StepGuard
+from lightning_dualpipe.callbacks.step_guard import Action, StepGuard, over_ranks
 from lightning_dualpipe.errors import TrainingError
 from lightning_dualpipe.interface import ReplicaAware
 
@@ -42,11 +41,7 @@ class NonFiniteGuard(StepGuard):
         finite = torch.isfinite(norm)
         for _, loss in losses:
             finite = finite & torch.isfinite(loss).all().to(finite.device)
-        if not isinstance(trainer.strategy, ReplicaAware):  # there every rank has its own loss
-            world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-            wrong = trainer.strategy.reduce((~finite).float(), group=world, reduce_op="max")
-            finite = torch.as_tensor(wrong) == 0
-        if finite:
+        if over_ranks(trainer, (~finite).float(), "max") == 0:
             return None
         found = find_nonfinite(trainer, pl_module, losses)
         if found.weights:

@@ -20,6 +20,8 @@ from functools import partial
 from itertools import takewhile
 from typing import Any, ClassVar, Literal, get_args
 
+import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -27,9 +29,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_dualpipe.errors import ConfigurationError, TrainingError
-from lightning_dualpipe.interface import ForgetsSteps
+from lightning_dualpipe.interface import ForgetsSteps, ReplicaAware
 
-__all__ = ["Action", "StepGuard"]
+__all__ = ["Action", "StepGuard", "over_ranks"]
 
 Action = Literal["skip", "stop"]
 
@@ -139,6 +141,16 @@ class StepGuard(Callback, ABC):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.skipped, self._in_a_row = state_dict["skipped"], state_dict["in_a_row"]
+
+
+def over_ranks(trainer: Trainer, value: Tensor, reduce_op: Literal["max", "mean"]) -> Tensor:
+    """Of what each rank has found in its own loss. Under strategies of this package that is the loss of the global
+    batch, so that ``value`` is the same on all of them already.
+    """
+    if isinstance(trainer.strategy, ReplicaAware):
+        return value
+    world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    return torch.as_tensor(trainer.strategy.reduce(value, group=world, reduce_op=reduce_op))
 
 
 def _drop_step(trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> Callable[[], None]:

@@ -97,8 +97,7 @@ def export_checkpoint(
     with ModelDirectory(directory, overwrite=overwrite) as target:
         tasks = [_Task(file, target.shard(number), dtype) for number, file in enumerate(plan)]
         if processes == 1 or len(plan) == 1:
-            for task in tasks:
-                task.run(trained)
+            _write_files(tasks, trained)
         else:
             _run_shared_out(tasks, checkpoint, min(processes, len(plan)))
         total_size = sum(file.size for file in plan)
@@ -164,9 +163,11 @@ class _Task:
     path: Path
     dtype: FileDtype
 
-    def run(self, trained: Trained) -> None:
-        weights = {name.removeprefix("model."): weight for name, weight in trained.weights.items()}
-        write_file(self.file, weights, trained.read, self.path, dtype=self.dtype)
+
+def _write_files(tasks: Sequence[_Task], trained: Trained) -> None:
+    weights = {name.removeprefix("model."): weight for name, weight in trained.weights.items()}
+    for task in tasks:
+        write_file(task.file, weights, trained.read, task.path, dtype=task.dtype)
 
 
 def _run_shared_out(tasks: Sequence[_Task], checkpoint: Path, processes: int) -> None:
@@ -214,9 +215,7 @@ def _write(sender: Connection, checkpoint: Path, tasks: Sequence[_Task], threads
     torch.set_num_threads(threads)
     problem: Exception | None = None
     try:
-        trained = open_trained(checkpoint)
-        for task in tasks:
-            task.run(trained)
+        _write_files(tasks, open_trained(checkpoint))
     except Exception as error:
         problem = error
         problem.__cause__ = None  # for the way to another process

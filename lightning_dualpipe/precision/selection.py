@@ -43,14 +43,20 @@ class Selection:
     def __str__(self) -> str:
         kinds = [(len(self.linears), "linear layer"), (len(self.experts), "stack of experts")]
         counts = [_counted(number, kind) for number, kind in kinds if number]
-        chosen, everything = [*self.linears, *self.experts], [*self.linears, *self.experts, *self.kept]
-        stays = ", ".join(f"{_listed(names, everything)} ({why})" for why, names in _by_value(self.kept).items())
-        return f"{' and '.join(counts)} ({_listed(chosen, everything)})" + (f"; not {stays}" if stays else "")
+        stays = self._told(self.kept)
+        return f"{' and '.join(counts)} ({_listed(self.names, self._layers)})" + (f"; not {stays}" if stays else "")
 
     @property
     def odd_sizes(self) -> str:
-        everything = [*self.linears, *self.experts, *self.kept]
-        return ", ".join(f"{_listed(names, everything)} ({sizes})" for sizes, names in _by_value(self.odd).items())
+        return self._told(self.odd)
+
+    @property
+    def _layers(self) -> list[str]:
+        return [*self.linears, *self.experts, *self.kept]
+
+    def _told(self, names: Mapping[str, str]) -> str:
+        """With what is said of each in brackets, once for all of whom it is said."""
+        return ", ".join(f"{_listed(found, self._layers)} ({what})" for what, found in _by_value(names).items())
 
 
 def select(

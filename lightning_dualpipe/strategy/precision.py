@@ -1,6 +1,6 @@
 """A precision plugin on ranks that hold parts of a model: what it asks of the model, it asks of the whole."""
 
-import types
+from functools import partial
 
 from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
@@ -24,9 +24,7 @@ class PipelinePrecision(PipelineCheckpoints):
         """
         super().setup_precision_plugin()
         plugin = self.precision_plugin
-        plugin.clip_grad_by_norm = types.MethodType(  # type: ignore[method-assign]
-            lambda plugin, optimizer, clip_val: self._clip_by_norm(plugin, optimizer, clip_val), plugin
-        )
+        plugin.clip_grad_by_norm = partial(self._clip_by_norm, plugin)  # type: ignore[method-assign]
 
     def _teardown_precision_plugin(self) -> None:
         vars(self.precision_plugin).pop("clip_grad_by_norm", None)
