@@ -130,7 +130,8 @@ def cut(rank: int, case: Case) -> tuple[float, Mapping[str, tuple[range | None, 
     mine = slice(layout.data_rank(rank) * share, (layout.data_rank(rank) + 1) * share)
     out = owner.model({name: value[mine] for name, value in whole.items()})
     out["loss"].backward()  # summed over all who hold the parameter
-    gradients = {name: (assembly.rows.get(name), p.grad) for name, p in assembly.named_parameters().items()}
+    # clones: a gradient is a part of a buffer, all of which would be sent with each
+    gradients = {name: (assembly.rows.get(name), p.grad.clone()) for name, p in assembly.named_parameters().items()}
     counts = [router.tokens_per_expert.tolist() for _, router in owner.model.routers()]
     return out["loss"].item(), gradients, assembly.peak_held, counts
 
