@@ -55,7 +55,7 @@ from lightning_dualpipe.strategy.launcher import PipelineLauncher, join_run
 from lightning_dualpipe.strategy.meeting import store_of_this_attempt
 from lightning_dualpipe.strategy.metric_groups import collect_over
 from lightning_dualpipe.strategy.model_summary import summarize_the_whole_model
-from lightning_dualpipe.strategy.parting import part_at_exit
+from lightning_dualpipe.strategy.parting import wait_for_threads_at_exit
 from lightning_dualpipe.strategy.reader import PipelineReader, check_lengths, warn_of_stream
 from lightning_dualpipe.strategy.recording import start_recording, stop_recording
 from lightning_dualpipe.strategy.requeue import requeue_between_batches
@@ -240,7 +240,8 @@ class DualPipeStrategy(WatchedPipeline):
             _init_dist_connection(
                 self.cluster_environment, backend, store=store, timeout=self._timeout, device_id=device_id
             )
-        part_at_exit()
+        if self.world_size > 1:
+            wait_for_threads_at_exit()
         if self.num_nodes > 1 and self._roll_call is None:
             self._roll_call = RollCall.arrange(self.global_rank, self.world_size)
         # as in one process: what is random from here on follows from what rank 0 has drawn so far

@@ -176,6 +176,21 @@ def test_what_is_received_and_never_used_is_an_error(posted):
         transport.finish()
 
 
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_a_connection_that_is_lost_tells_what_was_waited_for(backend, posted, monkeypatch):
+    def wait(work):
+        raise RuntimeError("Connection closed by peer")
+
+    transport = Transport(backend, CPU)
+    instructions = lower(build_schedule("1f1b", 2, 1))[1].instructions
+    run(transport, instructions)
+    (message,) = [m for i in instructions if isinstance(i, Exchange) for m in i.receives]
+    monkeypatch.setattr(Work, "wait", wait)
+    with pytest.raises(RuntimeError, match="closed by peer") as caught:
+        transport.take(message)
+    assert caught.value.__notes__ == ["while it waited for 0F0 from rank 0 to rank 1 of its pipeline"]
+
+
 def test_a_message_has_room_for_64_tensors(posted):
     (message,) = [
         m for i in lower(build_schedule("1f1b", 2, 1))[0].instructions if isinstance(i, Exchange) for m in i.sends

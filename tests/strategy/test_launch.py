@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dualpipe import DualPipeStrategy
 from lightning_dualpipe.errors import ConfigurationError
-from lightning_dualpipe.strategy.parting import part_at_exit
+from lightning_dualpipe.strategy.parting import wait_for_threads_at_exit
 from tests.ranks import run_ranks
 from tests.strategy import program
 from tests.strategy.faults import STEP
@@ -147,7 +147,7 @@ def use_several_trainers(rank: int, layout: dict[str, int]) -> None:
     pretend_torchrun(rank, 2)
     module = build_module(Run())
     trainer(DualPipeStrategy(**layout), devices=2).fit(module, loader())
-    assert part_at_exit.cache_info().currsize == 1
+    assert wait_for_threads_at_exit.cache_info().currsize == 1
     (found,) = trainer(DualPipeStrategy(**layout), devices=2).validate(module, loader(), verbose=False)
     second = trainer(DualPipeStrategy(**layout), devices=2)
     assert second.validate(module, loader(), verbose=False) == [found]
