@@ -1,16 +1,18 @@
-"""A Lightning checkpoint in one file: what is wrong with one that cannot be read, in words."""
+"""A Lightning checkpoint in one file: how it takes its place, and what is wrong with one that cannot be read."""
 
 import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from lightning_dualpipe.checkpoint.manifest import REMEDY
-from lightning_dualpipe.errors import CheckpointError
+from lightning_dualpipe.errors import CheckpointError, ConfigurationError
 
-__all__ = ["UNREADABLE", "loaded", "not_whole"]
+__all__ = ["UNREADABLE", "loaded", "not_whole", "written_whole"]
 
 # What torch.load and those who look into its result raise of a file that is empty, cut, or something else.
 UNREADABLE = (
@@ -58,3 +60,24 @@ def not_whole(path: str | os.PathLike[str], error: Exception) -> CheckpointError
     return CheckpointError(
         f"{path} is no whole Lightning checkpoint: {type(error).__name__}{': ' * bool(told)}{told}. {REMEDY}"
     )
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Where to write what becomes ``path`` at the end: until then, and if anything goes wrong, that is as before.
+
+    Raises:
+        ConfigurationError: it cannot be written there.
+    """
+    written = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield written
+        with open(written, "r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(written, path)
+    except (OSError, RuntimeError) as error:  # torch's own writer tells of a full disk by the latter
+        raise ConfigurationError(f"{path} cannot be written: {error}") from None
+    finally:
+        with suppress(OSError):
+            written.unlink(missing_ok=True)

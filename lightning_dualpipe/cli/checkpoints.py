@@ -1,14 +1,13 @@
 """``lightning-dualpipe consolidate`` and ``verify``: what to do with a checkpoint directory without a run."""
 
 import argparse
-import contextlib
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from lightning_dualpipe.checkpoint.single_file import written_whole
 from lightning_dualpipe.checkpoint.stored import open_stored, read_whole
 from lightning_dualpipe.errors import ConfigurationError
 
@@ -34,19 +33,8 @@ def consolidate(args: Sequence[str]) -> None:
     if asked.file.exists() and not asked.overwrite:
         raise ConfigurationError(f"{asked.file} exists; pass --overwrite to replace it, or give another name")
     checkpoint = read_whole(asked.directory)
-    written = asked.file.with_name(f".{asked.file.name}.writing-{os.getpid()}")
-    try:
-        asked.file.parent.mkdir(parents=True, exist_ok=True)
-        with open(written, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(written, asked.file)
-    except (OSError, RuntimeError) as error:  # torch's own writer tells of a full disk by the latter
-        raise ConfigurationError(f"{asked.file} cannot be written: {error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            written.unlink(missing_ok=True)
+    with written_whole(asked.file) as written, open(written, "wb") as file:
+        torch.save(checkpoint, file)
     sys.stdout.write(f"{asked.file}: step {checkpoint['global_step']}, {asked.file.stat().st_size:,} bytes\n")
 
 

@@ -4,7 +4,6 @@ lightning-dualpipe import DeepSeek-V3-Base/ base.ckpt
 """
 
 import argparse
-import contextlib
 import mmap
 import os
 import sys
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import set_default_mmap_options, skip_data
 
+from lightning_dualpipe.checkpoint.single_file import written_whole
 from lightning_dualpipe.deepseek_v3.hf_names import Part, is_router_bias, parts_of
 from lightning_dualpipe.deepseek_v3.hf_reader import load_weights
 from lightning_dualpipe.deepseek_v3.hf_tokenizer import read_tokenizer_files
@@ -70,23 +70,13 @@ def import_pretrained(
         raise ConfigurationError(f"{checkpoint} exists; give another name, or pass --overwrite to replace a file")
     module = DeepSeekV3(pretrained=directory)
     module.tokenizer_files = read_tokenizer_files(directory)
-    written = checkpoint.with_name(f".{checkpoint.name}.writing-{os.getpid()}")
-    try:
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(checkpoint) as written:
         _reserve(module, written, getattr(torch, dtype))
         with set_default_mmap_options(mmap.MAP_SHARED):
             weights = torch.load(written, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
         names = [part.name for part in parts_of(module.model)]
         load_weights([Part(name, weights[f"model.{name}"]) for name in names], directory, module.config)
         del weights
-        with open(written, "r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(written, checkpoint)
-    except (OSError, RuntimeError) as error:  # torch's own writer tells of a full disk by the latter
-        raise ConfigurationError(f"{checkpoint} cannot be written: {error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            written.unlink(missing_ok=True)
 
 
 def _reserve(module: DeepSeekV3, path: Path, dtype: torch.dtype) -> None:
