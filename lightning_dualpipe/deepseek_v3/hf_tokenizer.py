@@ -35,7 +35,7 @@ def read_tokenizer_files(directory: Path) -> dict[str, str]:
     """
     if not (directory / TOKENIZER).is_file():
         return {}
-    found = {}
+    found, parsed = {}, {}
     for name in TOKENIZER_FILES:
         try:
             found[name] = (directory / name).read_text(encoding="utf-8")
@@ -44,8 +44,8 @@ def read_tokenizer_files(directory: Path) -> dict[str, str]:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigurationError(f"{directory / name} cannot be read ({error}); {_REMEDY}") from None
         if name.endswith(".json"):
-            _object(found[name], directory / name)
-    largest_token_id(found[TOKENIZER], directory / TOKENIZER)
+            parsed[name] = _object(found[name], directory / name)
+    _vocabulary(parsed[TOKENIZER], directory / TOKENIZER)
     return found
 
 
