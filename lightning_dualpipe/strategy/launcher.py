@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,20 +195,24 @@ class _Observer(threading.Thread):
 
 def join_run(rank: int) -> None:
     """For every rank to call before anything else can go wrong; what the launcher started ends with its parent."""
-    run = LocalRun.announced()
+    run, watched = LocalRun.announced(), _WATCH in {thread.name for thread in threading.enumerate()}
     if run is None:
-        if "TORCHELASTIC_ERROR_FILE" in os.environ and _WATCH not in {thread.name for thread in threading.enumerate()}:
-            report_uncaught_errors(rank=rank)
-            threading.Thread(target=_heed_torchrun, args=(UnheardSignal(), rank), daemon=True, name=_WATCH).start()
+        if "TORCHELASTIC_ERROR_FILE" in os.environ and not watched:
+            _watch(rank, partial(_heed_torchrun, UnheardSignal(), rank))
     elif run.started_this_process():
-        if _WATCH not in {thread.name for thread in threading.enumerate()}:
-            report_uncaught_errors(rank=rank)
-            threading.Thread(target=_watch_parent, args=(run, rank), daemon=True, name=_WATCH).start()
+        if not watched:
+            _watch(rank, partial(_watch_parent, run, rank))
     elif not _is_running(run.main):  # it ended before this rank came here
         _leave(run, rank)
 
 
 _WATCH = "parent-watch"
+
+
+def _watch(rank: int, whoever_ends_it: Callable[[], None]) -> None:
+    """In a thread beside the main one."""
+    report_uncaught_errors(rank=rank)
+    threading.Thread(target=whoever_ends_it, daemon=True, name=_WATCH).start()
 
 
 def _heed_torchrun(signal_: UnheardSignal, rank: int) -> None:

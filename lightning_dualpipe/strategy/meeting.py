@@ -18,7 +18,7 @@ from uuid import uuid4
 
 import torch.distributed as dist
 
-__all__ = ["store_of_this_attempt"]
+__all__ = ["address_of_the_store", "agent_keeps_the_store", "store_of_this_attempt"]
 
 _POLL_SECONDS = 0.02
 _PREFIX = "lightning_dualpipe"
@@ -30,10 +30,19 @@ def store_of_this_attempt(rank: int, world: int, timeout: timedelta) -> dist.Sto
     Raises:
         DistStoreError: some rank has not come within ``timeout``.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if not agent_keeps_the_store():
         return None
-    kept = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, False, timeout)
+    kept = dist.TCPStore(*address_of_the_store(), world, False, timeout)
     return dist.PrefixStore(name_of_this_attempt(dist.PrefixStore(_PREFIX, kept), rank, world, timeout), kept)
+
+
+def agent_keeps_the_store() -> bool:
+    """Whether it lives in the process of torchrun's agent; else it does in that of rank 0, and ends with it."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def address_of_the_store() -> tuple[str, int]:
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
 
 def name_of_this_attempt(store: dist.Store, rank: int, world: int, timeout: timedelta) -> str:

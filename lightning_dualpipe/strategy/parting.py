@@ -19,6 +19,8 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+from lightning_dualpipe.strategy.progress import stat_of
+
 __all__ = ["wait_for_threads_at_exit"]
 
 _PATIENCE_SECONDS = 2.0  # a thread of somebody else may compute for ever
@@ -48,8 +50,6 @@ def _others_run() -> bool:
     with suppress(OSError):
         mine = Path(os.readlink("/proc/thread-self")).name  # get_native_id is that of another namespace, maybe
         for task in Path("/proc/self/task").iterdir():
-            with suppress(OSError):  # it has ended
-                state = (task / "stat").read_bytes().rpartition(b")")[2].split()[0]  # a name may be no text
-                if state in (b"R", b"D") and task.name != mine:
-                    return True
+            if stat_of(task)[:1] in (["R"], ["D"]) and task.name != mine:
+                return True
     return False

@@ -17,7 +17,7 @@ import torch
 
 from lightning_dualpipe.checkpoint.writing import is_writing
 
-__all__ = ["Neighbours", "Progress", "is_stopped", "start_of"]
+__all__ = ["Neighbours", "Progress", "is_stopped", "start_of", "stat_of"]
 
 _BUSY = 0.02  # of a processor; threads that only look now and then use less
 _MOVED = 64 * 2**10  # bytes between two looks
@@ -126,12 +126,19 @@ def _seconds_of(process: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") if fields else 0.0
 
 
-def _stat(process: int) -> list[str]:
-    """The fields of /proc/…/stat from the third on: a name in brackets comes before, and may have spaces."""
+def stat_of(task: Path) -> list[str]:
+    """The fields of ``stat`` in /proc, of a process or a thread, from the third on; none if it has ended.
+
+    A name in brackets comes before: it may have spaces, and the kernel cuts it, maybe within a character.
+    """
     try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return (task / "stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
         return []
+
+
+def _stat(process: int) -> list[str]:
+    return stat_of(Path(f"/proc/{process}"))
 
 
 def _bytes_of(process: int) -> int:

@@ -15,7 +15,6 @@ It talks to a store over a connection of its own, in a thread of its own: an ans
 torch's store waiting until the kernel gives the connection up, a quarter of an hour later.
 """
 
-import os
 import socket
 import threading
 import time
@@ -29,6 +28,7 @@ from uuid import uuid4
 import torch.distributed as dist
 
 from lightning_dualpipe.strategy.failures import lost_a_peer
+from lightning_dualpipe.strategy.meeting import address_of_the_store, agent_keeps_the_store
 
 __all__ = ["RollCall", "what_is_known"]
 
@@ -63,14 +63,15 @@ class RollCall:
         if len(set(hosts)) == 1:
             return None
         call = cls(rank, hosts, f"lightning_dualpipe/{places[0][1]}")
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        if not agent_keeps_the_store():
             call._open_a_second_store(next(other for other in range(world) if hosts[other] != hosts[0]))
         return call
 
     def _open_a_second_store(self, keeper: int) -> None:
         """In the process of ``keeper``, at the address that reaches rank 0 from there. All ranks together."""
         if self._rank == keeper:
-            with suppress(OSError, RuntimeError), socket.create_connection(_first_store(), _CONNECT_SECONDS) as met:
+            first = address_of_the_store()
+            with suppress(OSError, RuntimeError), socket.create_connection(first, _CONNECT_SECONDS) as met:
                 address = met.getsockname()[0]
                 self._kept = dist.TCPStore(address, 0, None, True, wait_for_workers=False)
                 self._second = (address, self._kept.port)
@@ -95,7 +96,7 @@ class RollCall:
 
     def _talk(self, place: tuple[str, int] | None, word: str, heard: "_Heard") -> None:
         """In the store that is there; None: where all ranks met."""
-        address, port = place or _first_store()
+        address, port = place or address_of_the_store()
         try:
             socket.create_connection((address, port), _CONNECT_SECONDS).close()  # torch would fill a page with this
         except ConnectionRefusedError:
@@ -151,10 +152,6 @@ def _of_the_silent(host: str, ranks: list[int], hosts: Sequence[str]) -> str:
     if len(ranks) == list(hosts).count(host):
         return f"no word from {who}, all of {host}, which is down or cut off"
     return f"no word from {who} on {host}, killed or in a hang; the output there may tell"
-
-
-def _first_store() -> tuple[str, int]:
-    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
 
 def _within(seconds: float, talks: Iterable[Callable[[], None]]) -> None:

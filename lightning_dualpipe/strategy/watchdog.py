@@ -34,6 +34,7 @@ import torch.distributed as dist
 
 from lightning_dualpipe.errors import TrainingError
 from lightning_dualpipe.strategy.failures import LocalRun, report_failure, tell
+from lightning_dualpipe.strategy.meeting import agent_keeps_the_store
 from lightning_dualpipe.strategy.progress import Neighbours, Progress, is_stopped, start_of
 from lightning_dualpipe.strategy.waiting import Waiting, waiting
 
@@ -76,7 +77,7 @@ class Watchdog:
         self._pause = min(timeout / _LOOKS, _SLOWEST_LOOK)
         self._watched = threading.get_ident()
         self._watched_thread = threading.current_thread()
-        has_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        has_store = rank == 0 and not agent_keeps_the_store()
         self._progress = Progress(device, overhead=_POST_BYTES * world**2 * has_store)
         self._neighbours = Neighbours()
         self._busy: tuple[int, ...] = ()
@@ -152,7 +153,7 @@ class Watchdog:
         return post.host == socket.gethostname() and post.started == start_of(post.process) != ""
 
     def _verdict(self, now: float) -> str | None:
-        if self._board.silent_for(now) > self._timeout * _SILENT:
+        if self._store_is_silent(now):
             return (
                 "the store by which ranks find each other does not answer: the process it is in (that of rank 0, or "
                 "torchrun's agent on the first node) is stopped, or its host is gone"
@@ -162,6 +163,9 @@ class Watchdog:
             rank: replace(post, stuck=post.stuck and rank not in unheard) for rank, (post, _) in self._seen.items()
         }
         return verdict(posts, silent)
+
+    def _store_is_silent(self, now: float) -> bool:
+        return self._board.silent_for(now) > self._timeout * _SILENT
 
     def _silent(self, now: float) -> tuple[set[int], set[int]]:
         """Ranks that have stopped posting, and those that have and are seen at work all the same."""
@@ -192,7 +196,7 @@ class Watchdog:
 
     def _kill_the_silent_ones(self, now: float) -> None:
         """On this host. Without the store all are silent, also those that are about to end by themselves."""
-        all_are = self._board.silent_for(now) > self._timeout * _SILENT
+        all_are = self._store_is_silent(now)
         for rank in self._silent(now)[0]:
             post, _ = self._seen[rank]
             if self._is_here(post) and (not all_are or is_stopped(post.process)):
